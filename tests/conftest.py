@@ -1,0 +1,14 @@
+"""What every test may use: a trained family, and a place to run the scripts in."""
+
+from pathlib import Path
+
+import pytest
+from miniature import train
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family that was trained for 32 steps; tests copy it before they change it."""
+    family = tmp_path_factory.mktemp("trained") / "miniature"
+    train(family, last_step=32)
+    return family
