@@ -1,0 +1,736 @@
+"""Follows words of one and of several tokens, layer by layer, towards their hidden states in the final model.
+
+Run as `python token_convergence_analysis.py [FAMILY]`. FAMILY is a folder with a sub-folder for each training
+step (step0, step512 ... step143000) that holds a GPT-NeoX checkpoint; without it CHECKPOINTS_DIR is analysed.
+
+A word is read after one <|endoftext|>, with a leading space, and its hidden state is taken at its last token.
+For each checkpoint and layer, over the words with the same number of tokens, the script measures
+    similarity  the mean cosine between a word's hidden state and its hidden state in the final checkpoint,
+                with a 95 % bootstrap interval over words;
+    unrelated   the mean cosine between a word's hidden state and those of the other words in the final
+                checkpoint: the floor that anisotropy alone gives (Ethayarajh 2019, arXiv:1909.00512);
+    stability   the mean cosine between a word's hidden state and its hidden state in the checkpoint before.
+Layer 0 is the token embedding; the last layer is taken after the final LayerNorm, as transformers returns it.
+
+RESULTS_DIR/<name of FAMILY>/ then holds convergence.csv, similarities.npz, overview.png, group_<n>_tokens.png,
+layer_<ll>.png, and kept/: what each checkpoint contributed, from which a run that was cut short goes on.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+import transformers
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import GPTNeoXConfig, GPTNeoXModel
+
+# ------------------------------------------------------------------------------
+# files and folders, beside this script
+CHECKPOINTS_DIR = "pythia_1b_checkpoints"  # the family that is analysed if none is named
+RESULTS_DIR = "convergance_plots"  # gets a folder for each family
+WORDS_FILE = "words_list.json"  # {word: frequency}
+# words
+GROUPS = (1, 2, 3, 4)  # numbers of tokens; a group is the words with one of them
+WORDS_PER_GROUP = 500  # words drawn at random from a group; None = all
+MIN_GROUP_SIZE = 10  # words; a smaller group is left out
+LEADING_SPACE = True  # tokenize a word as it stands in running text
+PREPEND_BOS = True  # read it after <|endoftext|>, away from the attention sink at position 0
+# model
+DTYPE = "float32"  # of weights and matrix products: "float32", "bfloat16" or "float16"
+DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
+BATCH_TOKENS = 256  # tokens in a forward pass
+# statistics
+SEED = 0  # of the draw of words and of the bootstrap
+BOOTSTRAP_RESAMPLES = 1000  # resamples of the words behind an interval
+# ------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+BOS = "<|endoftext|>"
+ARCHITECTURE = (  # the entries of config.json that all checkpoints of a family share
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
+)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the run with one line on standard error that says what is wrong, where, and what to do."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_settings() -> None:
+    """Stops at the first constant that cannot be meant."""
+
+    def is_text(value: object) -> bool:
+        return isinstance(value, str) and value.strip() != ""
+
+    def is_whole(value: object, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    groups_right = isinstance(GROUPS, tuple | list) and GROUPS and all(is_whole(size, 1) for size in GROUPS)
+    for name, right, expected in (
+        ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
+        ("RESULTS_DIR", is_text(RESULTS_DIR), "the name of a folder"),
+        ("WORDS_FILE", is_text(WORDS_FILE), "the name of a file"),
+        ("GROUPS", groups_right, "numbers of tokens, such as (1, 2, 3, 4)"),
+        ("WORDS_PER_GROUP", WORDS_PER_GROUP is None or is_whole(WORDS_PER_GROUP, 2), "None or a number of at least 2"),
+        ("MIN_GROUP_SIZE", is_whole(MIN_GROUP_SIZE, 2), "a number of at least 2"),
+        ("LEADING_SPACE", type(LEADING_SPACE) is bool, "True or False"),
+        ("PREPEND_BOS", type(PREPEND_BOS) is bool, "True or False"),
+        ("DTYPE", DTYPE in ("float32", "bfloat16", "float16"), '"float32", "bfloat16" or "float16"'),
+        ("DEVICE", is_text(DEVICE), '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
+        ("BATCH_TOKENS", is_whole(BATCH_TOKENS, 1), "a number of at least 1"),
+        ("SEED", is_whole(SEED, 0), "a number of at least 0"),
+        ("BOOTSTRAP_RESAMPLES", is_whole(BOOTSTRAP_RESAMPLES, 1), "a number of at least 1"),
+    ):
+        if not right:
+            fail(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
+
+
+def choose_device() -> torch.device:
+    name = DEVICE
+    if DEVICE == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f'DEVICE = {DEVICE!r} cannot be used here ({first_line(error)}): set it to "auto" or "cpu"')
+    if device.type not in ("cuda", "mps", "cpu"):
+        fail(f'DEVICE = {DEVICE!r}: expected "auto", "cpu", "cuda", "cuda:1" or "mps"')
+    return device
+
+
+def find_family(name: str) -> Path:
+    """The folder of a family, named from where the script was started or from beside it."""
+    for folder in (Path(name), HERE / name):
+        if folder.is_dir():
+            return folder.resolve()
+    fail(
+        f"there is no folder {HERE / name}: fetch Pythia-1B with `python download_checkpoints.py`, or train "
+        "a miniature with `python tests/miniature.py` and name its folder, miniature_checkpoints"
+    )
+
+
+def find_checkpoints(family: Path) -> dict[int, Path]:
+    """The checkpoints of a family by training step, in ascending order."""
+    matches = (re.fullmatch("step(0|[1-9][0-9]{0,11})", folder.name) for folder in family.iterdir() if folder.is_dir())
+    steps = sorted(int(match[1]) for match in matches if match)
+    if not steps:
+        fail(f"{family} holds no checkpoint: expected a folder for each training step, such as step0 and step512")
+    return {step: family / f"step{step}" for step in steps}
+
+
+def read_json(file: Path, expected: str) -> dict:
+    """The object that a JSON file holds; an empty one is an error too."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        fail(f"{file} cannot be read ({error.strerror}): expected {expected}")
+    except json.JSONDecodeError as error:
+        fail(f"{file}, line {error.lineno}: not JSON ({error.msg}); expected {expected}")
+    except (ValueError, RecursionError) as error:
+        fail(f"{file}: not JSON ({first_line(error)}); expected {expected}")
+    if not isinstance(content, dict) or not content:
+        found = "an empty object" if content == {} else f"a {type(content).__name__}"
+        fail(f"{file}, line 1: found {found}, expected {expected}")
+    return content
+
+
+def read_words() -> list[str]:
+    """The words of WORDS_FILE in its order."""
+    file = HERE / WORDS_FILE
+    words = read_json(file, 'an object {"word": frequency, ...}')
+
+    def is_usable(word: str, frequency: object) -> bool:
+        is_one_word = word.split() == [word] and word.encode("utf-8", "ignore").decode("utf-8") == word
+        return is_one_word and isinstance(frequency, int | float) and not isinstance(frequency, bool)
+
+    unusable = [f"{word!r}: {frequency!r:.40}" for word, frequency in words.items() if not is_usable(word, frequency)]
+    if unusable:
+        more = f" and {len(unusable) - 5} more" if len(unusable) > 5 else ""
+        fail(f"{file}: expected words without white space and their frequencies, found {', '.join(unusable[:5])}{more}")
+    return list(words)
+
+
+def read_config(folder: Path) -> GPTNeoXConfig:
+    """The configuration of a checkpoint. Raises OSError or ValueError if it is none of a GPT-NeoX model."""
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != "gpt_neox":
+        raise ValueError(f"its architecture is {model_type}, expected gpt_neox")
+    return GPTNeoXConfig.from_pretrained(folder)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, which neither pads nor cuts. Raises an exception if it cannot be used."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if PREPEND_BOS and tokenizer.token_to_id(BOS) is None:
+        raise ValueError(f"its tokenizer has no {BOS}; set PREPEND_BOS = False")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_final(folder: Path) -> tuple[GPTNeoXConfig, Tokenizer]:
+    """Configuration and tokenizer of the final checkpoint, which the others have to share."""
+    try:
+        return read_config(folder), read_tokenizer(folder)
+    except Exception as error:  # whatever the readers raise, there is nothing to compare with
+        fail(f"fetch or train again, or remove, what cannot be used: {folder}: {first_line(error)}")
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint in the type that they are stored in, under their names in the base model.
+
+    They are mapped into memory: nothing is read from disk before it is used.
+    """
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
+        raise FileNotFoundError(f"it has no weights, expected {' or '.join(names[::2])}")
+    files = {name}
+    if name.endswith(".index.json"):
+        files = set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
+    weights = {}
+    for file in sorted(files):
+        if file.endswith(".safetensors"):
+            weights |= load_file(folder / file)
+        else:
+            weights |= torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
+    return {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
+
+
+def encode(tokenizer: Tokenizer, words: list[str]) -> list[tuple[int, ...]]:
+    """The token ids of each word as it is read, with what LEADING_SPACE and PREPEND_BOS put in front."""
+    start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
+    encodings = tokenizer.encode_batch([" " * LEADING_SPACE + word for word in words], add_special_tokens=False)
+    return [start + tuple(encoding.ids) for encoding in encodings]
+
+
+def draw_words(words: list[str], tokenizer: Tokenizer) -> tuple[list[str], list[tuple[int, ...]], np.ndarray]:
+    """Draws the words of each group. Returns words, their token ids, and their numbers of tokens, int (words,).
+
+    They are sorted by token ids, so that words with a common prefix are neighbours.
+    """
+    groups = defaultdict(list)
+    for sequence, word in zip(encode(tokenizer, words), words, strict=True):
+        groups[len(sequence) - PREPEND_BOS].append((sequence, word))
+    drawn = []
+    for size in sorted(set(GROUPS)):
+        group = groups[size]
+        if len(group) < MIN_GROUP_SIZE:
+            warn(f"{WORDS_FILE} has {len(group)} words of {tokens_name(size)}, fewer than MIN_GROUP_SIZE: left out")
+            continue
+        if WORDS_PER_GROUP is not None and len(group) > WORDS_PER_GROUP:
+            chosen = np.random.default_rng([SEED, size]).choice(len(group), WORDS_PER_GROUP, replace=False)
+            group = [group[index] for index in chosen]
+        drawn += group
+    if not drawn:
+        fail(f"{HERE / WORDS_FILE}: no group has MIN_GROUP_SIZE = {MIN_GROUP_SIZE} words; lower it or add words")
+    sequences, texts = map(list, zip(*sorted(drawn), strict=True))
+    return texts, sequences, np.array([len(sequence) - PREPEND_BOS for sequence in sequences])
+
+
+def tokens_name(size: int) -> str:
+    return "1 token" if size == 1 else f"{size} tokens"
+
+
+def check_checkpoint(
+    folder: Path, final: Path, config: GPTNeoXConfig, texts: list[str], sequences: list[tuple[int, ...]]
+) -> str:
+    """Checks that a checkpoint is whole and of the final one's kind, or raises an exception that says why not.
+
+    Returns a digest of some values of each weight matrix. Training changes every matrix, so checkpoints with
+    the same digest carry the same weights.
+    """
+    own_config = read_config(folder)
+    for name in ARCHITECTURE:
+        own, expected = getattr(own_config, name), getattr(config, name)
+        if own != expected:
+            raise ValueError(f"its {name} is {own}, that of {final.name} {expected}")
+    if (folder / "tokenizer.json").read_bytes() != (final / "tokenizer.json").read_bytes():
+        for text, own, expected in zip(texts, encode(read_tokenizer(folder), texts), sequences, strict=True):
+            if own != expected:
+                raise ValueError(f"its tokenizer reads {text!r} as {own}, that of {final.name} as {expected}")
+    weights = read_weights(folder)
+    with torch.device("meta"):
+        parameters = dict(GPTNeoXModel(config).named_parameters())
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        if name not in weights:
+            raise ValueError(f"its weights lack the tensor {name}")
+        if weights[name].shape != parameter.shape or not weights[name].is_floating_point():
+            found = f"{weights[name].dtype} {tuple(weights[name].shape)}"
+            raise ValueError(f"its tensor {name} is {found}, expected floating point {tuple(parameter.shape)}")
+        if parameter.ndim == 2:
+            digest.update(weights[name].flatten()[:64].float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_checkpoints(
+    checkpoints: dict[int, Path], config: GPTNeoXConfig, texts: list[str], sequences: list[tuple[int, ...]]
+) -> None:
+    """Stops if a text or a checkpoint cannot be used, and warns of checkpoints that carry the same weights."""
+    final = checkpoints[max(checkpoints)]
+    positions, ids = config.max_position_embeddings, config.vocab_size
+    for text, sequence in zip(texts, sequences, strict=True):
+        if len(sequence) > positions:
+            fail(
+                f"{text[:60]!r} has {len(sequence)} tokens, the model {positions} positions: shorten it or leave it out"
+            )
+        if max(sequence) >= ids:
+            fail(
+                f"{final}: the tokenizer reads {text[:60]!r} as {sequence}, the model knows {ids} tokens: fetch it again"
+            )
+    unusable, steps_by_digest = [], defaultdict(list)
+    for step, folder in tqdm(checkpoints.items(), desc="checking", unit="checkpoint", leave=False):
+        try:
+            steps_by_digest[check_checkpoint(folder, final, config, texts, sequences)].append(step)
+        except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
+            unusable.append(f"{folder}: {first_line(error)}")
+    if unusable:
+        fail(f"fetch or train again, or remove, what cannot be used: {'; '.join(unusable)}")
+    for steps in steps_by_digest.values():
+        if len(steps) > 1:
+            warn(f"steps {', '.join(map(str, steps))} have identical weights: the curves stand still between them")
+
+
+def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Packs sorted token sequences into prefix trees, in which every distinct prefix stands once.
+
+    A causal model's hidden state depends on the prefix alone. So the nodes of a tree are put in one input
+    sequence, where each attends to its ancestors and itself, and its position is its depth. A tree ends before
+    it grows beyond BATCH_TOKENS nodes; the next repeats only the ancestors that both need.
+
+    Returns for each tree input_ids and position_ids, int (1, nodes), attention_mask, bool (1, 1, nodes, nodes),
+    and last, int (sequences of the tree,): the node at which each sequence ends.
+    """
+    trees, previous, path = [], (), []
+    for sequence in sequences:
+        shared = 0
+        while shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
+            shared += 1
+        if not trees or len(trees[-1][0]) + len(sequence) - shared > BATCH_TOKENS:
+            tokens, paths, last = [], [], []
+            trees.append((tokens, paths, last))
+            shared = 0
+        path = path[:shared]
+        for token in sequence[shared:]:
+            path = [*path, len(tokens)]
+            tokens.append(token)
+            paths.append(path)
+        last.append(path[-1])
+        previous = sequence
+
+    def tensors(tokens: list[int], paths: list[list[int]], last: list[int]) -> dict[str, torch.Tensor]:
+        mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+        for node, path in enumerate(paths):
+            mask[node, path] = True
+        tree = {
+            "input_ids": torch.tensor([tokens]),
+            "position_ids": torch.tensor([[len(path) - 1 for path in paths]]),
+            "attention_mask": mask[None, None],
+            "last": torch.tensor(last),
+        }
+        return {name: tensor.to(device) for name, tensor in tree.items()}
+
+    return [tensors(*tree) for tree in trees]
+
+
+def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """A linear layer in float32 by oneDNN, on AMD CPUs about twice as fast as by MKL, which torch takes otherwise."""
+    return torch.ops.aten.mkldnn_linear(states.to_mkldnn(), layer.weight, layer.bias).to_dense()
+
+
+def build_model(folder: Path, device: torch.device) -> GPTNeoXModel:
+    """The base model, without its head. Its linear layers compute in DTYPE; all else stays in float32."""
+    model = GPTNeoXModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.to(getattr(torch, DTYPE))
+            if DTYPE == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
+                layer.forward = partial(onednn_linear, layer)
+    return model
+
+
+def load_weights(model: GPTNeoXModel, folder: Path) -> None:
+    """Overwrites the weights of the model by those of a checkpoint, in place: fresh memory would cost more time."""
+    weights = read_weights(folder)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name].to(parameter.device))
+
+
+def unit_states(
+    model: GPTNeoXModel, step: int, folder: Path, trees: list[dict[str, torch.Tensor]], texts: list[str]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields the hidden states of a checkpoint at the last token of the texts, scaled to unit length.
+
+    Tree by tree: the rows of its texts, and their states, float32 (texts of the tree, layers + 1, width).
+    """
+    load_weights(model, folder)
+    stop = 0
+    for tree in tqdm(trees, desc=f"step {step}", unit="batch", position=1, leave=False):
+        inputs = {name: tensor for name, tensor in tree.items() if name != "last"}
+        with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
+            layers = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+        states = torch.stack([layer[0, tree["last"]] for layer in layers], dim=1).float()
+        lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        wrong = ~(lengths.isfinite() & (lengths > 0))
+        if wrong.any():
+            row, layer, _ = wrong.nonzero()[0].tolist()
+            fail(
+                f"step {step}, layer {layer}: the hidden state of {texts[stop + row][-60:]!r} is not finite, or zero; "
+                f'fetch {folder} again, or set DTYPE = "float32"'
+            )
+        start, stop = stop, stop + len(states)
+        yield slice(start, stop), states / lengths
+
+
+def state_store(shape: tuple[int, int, int], folder: Path, device: torch.device) -> torch.Tensor:
+    """Room for the hidden states of a checkpoint; on a CPU in a temporary file, so that memory does not grow."""
+    if device.type != "cpu":
+        return torch.empty(shape, device=device)
+    needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(folder).free
+    if needed > free:
+        fail(f"{folder}: the hidden states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of disk are free: make room")
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the memory map below outlives this function)
+    row = bytes(4 * shape[1] * shape[2])
+    for _ in range(shape[0]):
+        file.write(row)  # a full disk is an error here; met later, through the memory map, it would kill the process
+    file.flush()
+    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+
+
+def measure(
+    checkpoints: dict[int, Path],
+    missing: dict[int, str],
+    kept: Path,
+    texts: list[str],
+    sequences: list[tuple[int, ...]],
+    sizes: np.ndarray,
+    device: torch.device,
+) -> None:
+    """Measures the missing checkpoints (step: key) and keeps what each contributes, as soon as it is known."""
+    steps, final = list(checkpoints), max(checkpoints)
+    trees = prefix_trees(sequences, device)
+    model = build_model(checkpoints[final], device)
+    shape = (len(texts), model.config.num_hidden_layers + 1, model.config.hidden_size)
+    final_states, previous_states = (state_store(shape, kept, device) for _ in range(2))
+    members = torch.from_numpy(sizes == np.unique(sizes)[:, None]).float().to(device)  # (groups, words)
+
+    def states_of(step: int) -> Iterable[tuple[slice, torch.Tensor]]:
+        return unit_states(model, step, checkpoints[step], trees, texts)
+
+    def group_sums(rows: slice, states: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("gw,wld->gld", members[:, rows], states).cpu().double()
+
+    final_sums = 0
+    blocks = []
+    for rows, states in states_of(final):
+        final_states[rows] = states
+        final_sums += group_sums(rows, states)
+        blocks.append(rows)
+    held = None  # the step whose states are in previous_states
+    for step in tqdm(missing, desc="checkpoints", unit="checkpoint", position=0):
+        before = steps[steps.index(step) - 1] if step != steps[0] else None
+        if before != held:
+            for rows, states in states_of(before):
+                previous_states[rows] = states
+        similarity, stability = torch.empty(shape[:2]), torch.full(shape[:2], torch.nan)
+        sums = 0
+        for rows, states in ((rows, final_states[rows]) for rows in blocks) if step == final else states_of(step):
+            similarity[rows] = (states * final_states[rows]).sum(-1).cpu()
+            if before is not None:
+                stability[rows] = (states * previous_states[rows]).sum(-1).cpu()
+            sums += group_sums(rows, states)
+            previous_states[rows] = states
+        held = step
+        related = members.cpu().double() @ similarity.double()
+        count = members.sum(1, keepdim=True).cpu().double()
+        unrelated = ((sums * final_sums).sum(-1) - related) / (count * (count - 1))
+        keep(
+            kept / f"step{step}.npz",
+            key=missing[step],
+            similarity=similarity.T,
+            stability=stability.T,
+            unrelated=unrelated,
+        )
+
+
+def fingerprint(folder: Path) -> list:
+    """What changes when the files of a checkpoint change."""
+    files = [
+        file
+        for file in sorted(folder.iterdir())
+        if file.name == "config.json" or file.suffix in (".safetensors", ".bin")
+    ]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def contribution_keys(checkpoints: dict[int, Path], inputs: list) -> dict[int, str]:
+    """For each step, a digest of all that its contribution depends on."""
+    prints = {step: fingerprint(folder) for step, folder in checkpoints.items()}
+    before = dict(zip(list(checkpoints)[1:], checkpoints, strict=False))
+    return {
+        step: hashlib.sha256(
+            json.dumps([inputs, prints[step], prints[max(checkpoints)], prints.get(before.get(step))]).encode()
+        ).hexdigest()
+        for step in checkpoints
+    }
+
+
+def keep(file: Path, **arrays: object) -> None:
+    """Writes arrays to a file that appears under its name only when it is whole."""
+    partial_file = file.with_name(f".{file.name}.partial")
+    with partial_file.open("wb") as stream:
+        np.savez(stream, **arrays)
+    partial_file.replace(file)
+
+
+def read_kept(file: Path, key: str) -> dict[str, np.ndarray] | None:
+    """What a checkpoint contributed, or None if that is not known for this key."""
+    try:
+        with np.load(file) as arrays:
+            return dict(arrays) if arrays["key"] == key else None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % percentile interval of the mean over the first axis (Efron 1979, doi:10.1214/aos/1176344552)."""
+    random = np.random.default_rng(SEED)
+    count = len(values)
+    draws = (np.bincount(random.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_RESAMPLES))
+    means = np.stack(list(draws)) / count @ values.reshape(count, -1).astype(np.float64)
+    low, high = np.percentile(means, (2.5, 97.5), axis=0)
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
+def group_curves(contributions: list[dict[str, np.ndarray]], sizes: np.ndarray) -> dict[int, dict]:
+    """The curves of each group, by its number of tokens: each float64 (steps, layers + 1)."""
+    similarity = np.stack([contribution["similarity"] for contribution in contributions])  # (steps, layers + 1, words)
+    stability = np.stack([contribution["stability"] for contribution in contributions])
+    unrelated = np.stack([contribution["unrelated"] for contribution in contributions])  # (steps, groups, layers + 1)
+    curves = {}
+    for group, size in enumerate(np.unique(sizes)):
+        of_group = similarity[..., sizes == size]
+        low, high = bootstrap_interval(np.moveaxis(of_group, -1, 0))
+        curves[int(size)] = {
+            "words": of_group.shape[-1],
+            "similarity": of_group.mean(-1, dtype=np.float64),
+            "ci_low": low,
+            "ci_high": high,
+            "unrelated": unrelated[:, group],
+            "stability": stability[..., sizes == size].mean(-1, dtype=np.float64),
+        }
+    return curves
+
+
+def write_csv(file: Path, curves: dict[int, dict], steps: list[int]) -> None:
+    """A row for each group, step and layer; a value that is not defined is left empty."""
+    names = ("similarity", "ci_low", "ci_high", "unrelated", "stability")
+    partial_file = file.with_name(f".{file.name}.partial")
+    with partial_file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["tokens", "words", "step", "layer", *names])
+        for size, curve in curves.items():
+            for (index, layer), _ in np.ndenumerate(curve["similarity"]):
+                values = [curve[name][index, layer] for name in names]
+                numbers = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
+                writer.writerow([size, curve["words"], steps[index], layer, *numbers])
+    partial_file.replace(file)
+
+
+def step_label(step: int) -> str:
+    return f"{step // 1000}k" if step and step % 1000 == 0 else str(step)
+
+
+def step_axis(axes: Axes, steps: list[int]) -> None:
+    """An axis that is linear from step 0 to 1 and logarithmic from there, with a label wherever there is room."""
+    axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
+    positions = axes.xaxis.get_transform().transform(np.array(steps, dtype=float))
+    room = (positions[-1] - positions[0]) / 14
+    labelled = [len(steps) - 1]
+    for index in reversed(range(len(steps) - 1)):
+        if positions[labelled[-1]] - positions[index] >= room:
+            labelled.append(index)
+    axes.set_xticks([steps[index] for index in labelled], [step_label(steps[index]) for index in labelled])
+    axes.set_xticks(steps, minor=True)
+    axes.set_xlabel("training step")
+
+
+def layer_name(layer: int, layers: int) -> str:
+    return f"layer {layer}" + {0: " (token embedding)", layers: " (after the final LayerNorm)"}.get(layer, "")
+
+
+def draw_group(file: Path, family: str, steps: list[int], size: int, curve: dict) -> None:
+    """Similarity of one group against training step, a line a layer."""
+    layers = curve["similarity"].shape[1] - 1
+    colours = colormaps["viridis"].resampled(layers + 1)
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for layer in range(layers + 1):
+        axes.plot(steps, curve["similarity"][:, layer], marker=".", color=colours(layer))
+    step_axis(axes, steps)
+    axes.set_ylabel("cosine similarity to the final checkpoint")
+    axes.set_title(
+        f"{family}: words of {tokens_name(size)} ({curve['words']} words)\nsimilarity to step {steps[-1]}, by layer"
+    )
+    axes.grid(alpha=0.3)
+    bounds = BoundaryNorm(np.arange(-0.5, layers + 1), layers + 1)
+    bar = figure.colorbar(ScalarMappable(bounds, colours), ax=axes, ticks=range(0, layers + 1, layers // 8 + 1))
+    bar.set_label(f"layer (0 = token embedding, {layers} = after the final LayerNorm)")
+    figure.savefig(file)
+
+
+def draw_layer(file: Path, family: str, steps: list[int], layer: int, curves: dict[int, dict]) -> None:
+    """Similarity of every group in one layer with its interval and floor; beneath it the stability."""
+    layers = next(iter(curves.values()))["similarity"].shape[1] - 1
+    figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    for (size, curve), colour in zip(
+        curves.items(), colormaps["viridis"](np.linspace(0, 0.85, len(curves))), strict=True
+    ):
+        label = f"{tokens_name(size)} ({curve['words']} words)"
+        upper.plot(steps, curve["similarity"][:, layer], marker=".", color=colour, label=label)
+        upper.fill_between(
+            steps, curve["ci_low"][:, layer], curve["ci_high"][:, layer], color=colour, alpha=0.25, linewidth=0
+        )
+        upper.plot(steps, curve["unrelated"][:, layer], linestyle="--", linewidth=1, color=colour)
+        lower.plot(steps, curve["stability"][:, layer], marker=".", color=colour)
+    upper.set_ylabel("cosine similarity\nto the final checkpoint")
+    lower.set_ylabel("stability: cosine similarity\nto the checkpoint before")
+    step_axis(lower, steps)
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3)
+    figure.suptitle(
+        f"{family}: {layer_name(layer, layers)} of {layers}, similarity to step {steps[-1]} by number of tokens"
+    )
+    handles, _ = upper.get_legend_handles_labels()
+    handles.append(Line2D([], [], linestyle="--", linewidth=1, color="grey", label="unrelated words (floor)"))
+    handles.append(Patch(color="grey", alpha=0.25, linewidth=0, label="95 % interval over words"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    figure.savefig(file)
+
+
+def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, dict]) -> None:
+    """Similarity of each group as a heat map of layers by steps."""
+    rows = (len(curves) + 1) // 2
+    figure = Figure(figsize=(10, 0.8 + 3.6 * rows), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, min(len(curves), 2), squeeze=False, sharex=True, sharey=True)
+    lowest = min(curve["similarity"].min() for curve in curves.values())
+    for axes, (size, curve) in zip(panels.flat, curves.items(), strict=False):
+        image = axes.imshow(
+            curve["similarity"].T, vmin=min(0, lowest), vmax=1, cmap="viridis", origin="lower", aspect="auto"
+        )
+        axes.set_title(f"{tokens_name(size)} ({curve['words']} words)")
+    for axes in panels.flat[len(curves) :]:
+        axes.set_axis_off()
+    labelled = range(len(steps) - 1, -1, -(len(steps) // 13 + 1))
+    panels[0, 0].set_xticks(labelled, [step_label(steps[index]) for index in labelled])
+    panels[0, 0].yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.supxlabel("training step")
+    figure.supylabel(f"layer (0 = token embedding, {len(image.get_array()) - 1} = after the final LayerNorm)")
+    figure.colorbar(image, ax=panels, label="cosine similarity to the final checkpoint")
+    figure.suptitle(f"{family}: similarity to step {steps[-1]}, by number of tokens")
+    figure.savefig(file)
+
+
+def draw_figures(results: Path, family: str, steps: list[int], curves: dict[int, dict]) -> None:
+    """All figures; those of an earlier run with other groups or layers go."""
+    layers = next(iter(curves.values()))["similarity"].shape[1]
+    for pattern in ("group_*_tokens.png", "layer_*.png"):
+        for file in results.glob(pattern):
+            file.unlink()
+    with tqdm(total=len(curves) + layers + 1, desc="figures", unit="figure") as progress:
+        for size, curve in curves.items():
+            draw_group(results / f"group_{size}_tokens.png", family, steps, size, curve)
+            progress.update()
+        for layer in range(layers):
+            draw_layer(results / f"layer_{layer:02d}.png", family, steps, layer, curves)
+            progress.update()
+        draw_overview(results / "overview.png", family, steps, curves)
+        progress.update()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("family", nargs="?", default=CHECKPOINTS_DIR, help="folder of checkpoints [%(default)s]")
+    arguments = parser.parse_args()
+    check_settings()
+    device = choose_device()
+    family = find_family(arguments.family)
+    checkpoints = find_checkpoints(family)
+    words = read_words()
+    config, tokenizer = read_final(checkpoints[max(checkpoints)])
+    texts, sequences, sizes = draw_words(words, tokenizer)
+    check_checkpoints(checkpoints, config, texts, sequences)
+    results = HERE / RESULTS_DIR / family.name
+    kept = results / "kept"
+    kept.mkdir(parents=True, exist_ok=True)
+
+    steps = list(checkpoints)
+    keys = contribution_keys(checkpoints, [texts, sequences, DTYPE, device.type, config.to_json_string()])
+    missing = {step: key for step, key in keys.items() if read_kept(kept / f"step{step}.npz", key) is None}
+    groups = ", ".join(f"{np.sum(sizes == size)} of {tokens_name(size)}" for size in np.unique(sizes))
+    print(f"family  {family}")
+    print(f"steps   {len(steps)} checkpoints, {', '.join(map(step_label, steps))}; {len(missing)} to measure")
+    print(f"words   {groups}")
+    print(f"device  {device}, {DTYPE}")
+    if missing:
+        measure(checkpoints, missing, kept, texts, sequences, sizes, device)
+
+    contributions = [read_kept(kept / f"step{step}.npz", keys[step]) for step in steps]
+    curves = group_curves(contributions, sizes)
+    write_csv(results / "convergence.csv", curves, steps)
+    similarity = np.stack([contribution["similarity"] for contribution in contributions])
+    keep(results / "similarities.npz", words=texts, tokens=sizes, steps=steps, similarity=similarity)
+    draw_figures(results, family.name, steps, curves)
+    print(f"results {results}")
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with torch.inference_mode():
+            main()
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, and the next run goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        fail(f"{first_line(error)} Lower BATCH_TOKENS or WORDS_PER_GROUP; what was measured is kept")
+    except OSError as error:
+        fail(f"{error}; what was measured is kept, run again when there is room to write")
