@@ -20,19 +20,24 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import NoReturn
 
 import numpy as np
 import torch
+import torch.distributed
 import transformers
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -68,6 +73,7 @@ BOOTSTRAP_RESAMPLES = 1000  # resamples of the words behind an interval
 # ------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 BOS = "<|endoftext|>"
 ARCHITECTURE = (  # the entries of config.json that all checkpoints of a family share
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
@@ -82,7 +88,13 @@ def fail(message: str) -> NoReturn:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if RANK == 0:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def say(message: str) -> None:
+    if RANK == 0:
+        print(message, flush=True)
 
 
 def first_line(error: Exception) -> str:
@@ -122,6 +134,8 @@ def choose_device() -> torch.device:
     name = DEVICE
     if DEVICE == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and RANKS > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -209,25 +223,39 @@ def read_final(folder: Path) -> tuple[GPTNeoXConfig, Tokenizer]:
         fail(f"fetch or train again, or remove, what cannot be used: {folder}: {first_line(error)}")
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a checkpoint, one or shards: safetensors where there are, else pickled."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
+        raise FileNotFoundError(f"it has no weights, expected {names[0]} or {names[2]}")
+    if name.endswith(".index.json"):
+        shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / shard for shard in sorted(set(shards))]
+    return [folder / name]
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint in the type that they are stored in, under their names in the base model.
 
     They are mapped into memory: nothing is read from disk before it is used.
     """
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    name = next((name for name in names if (folder / name).is_file()), None)
-    if name is None:
-        raise FileNotFoundError(f"it has no weights, expected {' or '.join(names[::2])}")
-    files = {name}
-    if name.endswith(".index.json"):
-        files = set(json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values())
     weights = {}
-    for file in sorted(files):
-        if file.endswith(".safetensors"):
-            weights |= load_file(folder / file)
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            weights |= load_file(file)
         else:
-            weights |= torch.load(folder / file, map_location="cpu", mmap=True, weights_only=True)
+            weights |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     return {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
+
+
+def read_ahead(folders: list[Path]) -> None:
+    """Reads the weights of checkpoints once, so that the operating system has them in memory when they are loaded."""
+    with suppress(OSError):  # what is wrong with a file is said when it is loaded
+        for file in (file for folder in folders for file in weight_files(folder)):
+            with file.open("rb") as stream:
+                while stream.read(2**24):
+                    pass
 
 
 def encode(tokenizer: Tokenizer, words: list[str]) -> list[tuple[int, ...]]:
@@ -309,11 +337,9 @@ def check_checkpoints(
                 f"{text[:60]!r} has {len(sequence)} tokens, the model {positions} positions: shorten it or leave it out"
             )
         if max(sequence) >= ids:
-            fail(
-                f"{final}: the tokenizer reads {text[:60]!r} as {sequence}, the model knows {ids} tokens: fetch it again"
-            )
+            fail(f"{final}: the tokenizer reads {text[:60]!r} as {sequence}, the model knows {ids} tokens only")
     unusable, steps_by_digest = [], defaultdict(list)
-    for step, folder in tqdm(checkpoints.items(), desc="checking", unit="checkpoint", leave=False):
+    for step, folder in tqdm(checkpoints.items(), desc="checking", unit="checkpoint", leave=False, disable=RANK > 0):
         try:
             steps_by_digest[check_checkpoint(folder, final, config, texts, sequences)].append(step)
         except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
@@ -391,15 +417,17 @@ def load_weights(model: GPTNeoXModel, folder: Path) -> None:
 
 
 def unit_states(
-    model: GPTNeoXModel, step: int, folder: Path, trees: list[dict[str, torch.Tensor]], texts: list[str]
+    model: GPTNeoXModel, step: int, folders: list[Path], trees: list[dict[str, torch.Tensor]], texts: list[str]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields the hidden states of a checkpoint at the last token of the texts, scaled to unit length.
+    """Yields the hidden states of the checkpoint in folders[0] at the last token of each text, scaled to unit length.
 
     Tree by tree: the rows of its texts, and their states, float32 (texts of the tree, layers + 1, width).
+    Meanwhile the weights in the other folders, those that are needed next, are read from disk.
     """
-    load_weights(model, folder)
+    load_weights(model, folders[0])
+    Thread(target=read_ahead, args=[folders[1:]], daemon=True).start()
     stop = 0
-    for tree in tqdm(trees, desc=f"step {step}", unit="batch", position=1, leave=False):
+    for tree in tqdm(trees, desc=f"step {step}", unit="batch", position=1, leave=False, disable=RANK > 0):
         inputs = {name: tensor for name, tensor in tree.items() if name != "last"}
         with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
             layers = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
@@ -410,7 +438,7 @@ def unit_states(
             row, layer, _ = wrong.nonzero()[0].tolist()
             fail(
                 f"step {step}, layer {layer}: the hidden state of {texts[stop + row][-60:]!r} is not finite, or zero; "
-                f'fetch {folder} again, or set DTYPE = "float32"'
+                f'fetch {folders[0]} again, or set DTYPE = "float32"'
             )
         start, stop = stop, stop + len(states)
         yield slice(start, stop), states / lengths
@@ -440,51 +468,52 @@ def measure(
     sizes: np.ndarray,
     device: torch.device,
 ) -> None:
-    """Measures the missing checkpoints (step: key) and keeps what each contributes, as soon as it is known."""
-    steps, final = list(checkpoints), max(checkpoints)
+    """Measures the missing checkpoints (step: key), and keeps what each contributes as soon as it is known."""
+    final = max(checkpoints)
+    before = dict(zip(list(checkpoints)[1:], checkpoints, strict=False))
+    passes = [final]
+    for step in missing:
+        if step in before and before[step] not in missing:
+            passes.append(before[step])  # for its hidden states
+        passes.append(step)
     trees = prefix_trees(sequences, device)
     model = build_model(checkpoints[final], device)
     shape = (len(texts), model.config.num_hidden_layers + 1, model.config.hidden_size)
     final_states, previous_states = (state_store(shape, kept, device) for _ in range(2))
     members = torch.from_numpy(sizes == np.unique(sizes)[:, None]).float().to(device)  # (groups, words)
+    count = members.sum(1, keepdim=True).cpu().double()
+    pairs = count * (count - 1)  # of unrelated words in a group
 
-    def states_of(step: int) -> Iterable[tuple[slice, torch.Tensor]]:
-        return unit_states(model, step, checkpoints[step], trees, texts)
+    def states_of(index: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        following = [checkpoints[step] for step in passes[index + 1 : index + 2] if step != final]
+        return unit_states(model, passes[index], [checkpoints[passes[index]], *following], trees, texts)
 
     def group_sums(rows: slice, states: torch.Tensor) -> torch.Tensor:
         return torch.einsum("gw,wld->gld", members[:, rows], states).cpu().double()
 
-    final_sums = 0
-    blocks = []
-    for rows, states in states_of(final):
+    progress = tqdm(total=len(passes), desc="checkpoints", unit="checkpoint", position=0, disable=RANK > 0)
+    final_sums, blocks = 0, []
+    for rows, states in states_of(0):
         final_states[rows] = states
         final_sums += group_sums(rows, states)
         blocks.append(rows)
-    held = None  # the step whose states are in previous_states
-    for step in tqdm(missing, desc="checkpoints", unit="checkpoint", position=0):
-        before = steps[steps.index(step) - 1] if step != steps[0] else None
-        if before != held:
-            for rows, states in states_of(before):
-                previous_states[rows] = states
+    progress.update()
+    for index, step in enumerate(passes[1:], start=1):
         similarity, stability = torch.empty(shape[:2]), torch.full(shape[:2], torch.nan)
         sums = 0
-        for rows, states in ((rows, final_states[rows]) for rows in blocks) if step == final else states_of(step):
+        for rows, states in ((rows, final_states[rows]) for rows in blocks) if step == final else states_of(index):
             similarity[rows] = (states * final_states[rows]).sum(-1).cpu()
-            if before is not None:
+            if step in before:
                 stability[rows] = (states * previous_states[rows]).sum(-1).cpu()
             sums += group_sums(rows, states)
             previous_states[rows] = states
-        held = step
-        related = members.cpu().double() @ similarity.double()
-        count = members.sum(1, keepdim=True).cpu().double()
-        unrelated = ((sums * final_sums).sum(-1) - related) / (count * (count - 1))
-        keep(
-            kept / f"step{step}.npz",
-            key=missing[step],
-            similarity=similarity.T,
-            stability=stability.T,
-            unrelated=unrelated,
-        )
+        if step in missing:
+            related = members.cpu().double() @ similarity.double()
+            unrelated = ((sums * final_sums).sum(-1) - related) / pairs
+            file = kept / f"step{step}.npz"
+            keep(file, key=missing[step], similarity=similarity.T, stability=stability.T, unrelated=unrelated)
+        progress.update()
+    progress.close()
 
 
 def fingerprint(folder: Path) -> list:
@@ -704,21 +733,34 @@ def main() -> None:
     steps = list(checkpoints)
     keys = contribution_keys(checkpoints, [texts, sequences, DTYPE, device.type, config.to_json_string()])
     missing = {step: key for step, key in keys.items() if read_kept(kept / f"step{step}.npz", key) is None}
-    groups = ", ".join(f"{np.sum(sizes == size)} of {tokens_name(size)}" for size in np.unique(sizes))
-    print(f"family  {family}")
-    print(f"steps   {len(steps)} checkpoints, {', '.join(map(step_label, steps))}; {len(missing)} to measure")
-    print(f"words   {groups}")
-    print(f"device  {device}, {DTYPE}")
-    if missing:
-        measure(checkpoints, missing, kept, texts, sequences, sizes, device)
+    if RANKS > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
+        torch.distributed.broadcast_object_list(seen_by_first := [missing])
+        missing = seen_by_first[0]
+    groups = [f"{np.sum(sizes == size)} of {tokens_name(size)}" for size in np.unique(sizes)]
+    say(f"family   {family}")
+    say(f"steps    {', '.join(map(step_label, steps))} ({len(missing)} of {len(steps)} to measure)")
+    say(f"words    {', '.join(groups)}")
+    say(f"device   {device}, {DTYPE}" + f", {RANKS} ranks" * (RANKS > 1))
+    # neighbours to a rank, since stability needs the checkpoint before
+    share = list(missing)[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS]
+    if share:
+        measure(checkpoints, {step: missing[step] for step in share}, kept, texts, sequences, sizes, device)
+    if RANKS > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if RANK > 0:
+        return
 
     contributions = [read_kept(kept / f"step{step}.npz", keys[step]) for step in steps]
+    if None in contributions:
+        fail(f"{kept} or the checkpoints changed during the run: run again")
     curves = group_curves(contributions, sizes)
     write_csv(results / "convergence.csv", curves, steps)
     similarity = np.stack([contribution["similarity"] for contribution in contributions])
     keep(results / "similarities.npz", words=texts, tokens=sizes, steps=steps, similarity=similarity)
     draw_figures(results, family.name, steps, curves)
-    print(f"results {results}")
+    say(f"results  {results}")
 
 
 if __name__ == "__main__":
