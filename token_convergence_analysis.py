@@ -25,12 +25,12 @@ import re
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from threading import Thread
 from typing import NoReturn
@@ -44,6 +44,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -75,6 +76,7 @@ BOOTSTRAP_RESAMPLES = 1000  # resamples of the words behind an interval
 HERE = Path(__file__).resolve().parent
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 BOS = "<|endoftext|>"
+CURVES = ("similarity", "ci_low", "ci_high", "unrelated", "stability")  # what is known of a group, step and layer
 ARCHITECTURE = (  # the entries of config.json that all checkpoints of a family share
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
@@ -258,39 +260,46 @@ def read_ahead(folders: list[Path]) -> None:
                     pass
 
 
-def encode(tokenizer: Tokenizer, words: list[str]) -> list[tuple[int, ...]]:
-    """The token ids of each word as it is read, with what LEADING_SPACE and PREPEND_BOS put in front."""
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[int, ...]]:
+    """The token ids of each text as it is read, after <|endoftext|> where PREPEND_BOS says so."""
     start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
-    encodings = tokenizer.encode_batch([" " * LEADING_SPACE + word for word in words], add_special_tokens=False)
-    return [start + tuple(encoding.ids) for encoding in encodings]
+    return [start + tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def draw_words(words: list[str], tokenizer: Tokenizer) -> tuple[list[str], list[tuple[int, ...]], np.ndarray]:
-    """Draws the words of each group. Returns words, their token ids, and their numbers of tokens, int (words,).
+def tokens_name(size: int) -> str:
+    return "1 token" if size == 1 else f"{size} tokens"
 
-    They are sorted by token ids, so that words with a common prefix are neighbours.
+
+def draw_words(
+    words: list[str], tokenizer: Tokenizer, config: GPTNeoXConfig
+) -> tuple[list[str], list[str], list[tuple[int, ...]], np.ndarray]:
+    """Draws the words of each group. Returns words, texts as the model reads them, token ids, int (words,) sizes.
+
+    They are sorted by token ids, so that words with a common prefix are neighbours. A size is a word's number of
+    tokens, without <|endoftext|>.
     """
     groups = defaultdict(list)
-    for sequence, word in zip(encode(tokenizer, words), words, strict=True):
-        groups[len(sequence) - PREPEND_BOS].append((sequence, word))
+    texts = [" " * LEADING_SPACE + word for word in words]
+    for sequence, text, word in zip(encode(tokenizer, texts), texts, words, strict=True):
+        groups[len(sequence) - PREPEND_BOS].append((sequence, text, word))
     drawn = []
     for size in sorted(set(GROUPS)):
         group = groups[size]
         if len(group) < MIN_GROUP_SIZE:
             warn(f"{WORDS_FILE} has {len(group)} words of {tokens_name(size)}, fewer than MIN_GROUP_SIZE: left out")
             continue
+        if size + PREPEND_BOS > config.max_position_embeddings:
+            fail(
+            fail(f"a word of {tokens_name(size)} does not fit into {config.max_position_embeddings} positions: change GROUPS")
+            )
         if WORDS_PER_GROUP is not None and len(group) > WORDS_PER_GROUP:
             chosen = np.random.default_rng([SEED, size]).choice(len(group), WORDS_PER_GROUP, replace=False)
             group = [group[index] for index in chosen]
         drawn += group
     if not drawn:
         fail(f"{HERE / WORDS_FILE}: no group has MIN_GROUP_SIZE = {MIN_GROUP_SIZE} words; lower it or add words")
-    sequences, texts = map(list, zip(*sorted(drawn), strict=True))
-    return texts, sequences, np.array([len(sequence) - PREPEND_BOS for sequence in sequences])
-
-
-def tokens_name(size: int) -> str:
-    return "1 token" if size == 1 else f"{size} tokens"
+    sequences, texts, words = map(list, zip(*sorted(drawn), strict=True))
+    return words, texts, sequences, np.array([len(sequence) - PREPEND_BOS for sequence in sequences])
 
 
 def check_checkpoint(
@@ -328,16 +337,13 @@ def check_checkpoint(
 def check_checkpoints(
     checkpoints: dict[int, Path], config: GPTNeoXConfig, texts: list[str], sequences: list[tuple[int, ...]]
 ) -> None:
-    """Stops if a text or a checkpoint cannot be used, and warns of checkpoints that carry the same weights."""
+    """Stops if a checkpoint cannot be used, and warns of checkpoints that carry the same weights."""
     final = checkpoints[max(checkpoints)]
-    positions, ids = config.max_position_embeddings, config.vocab_size
     for text, sequence in zip(texts, sequences, strict=True):
-        if len(sequence) > positions:
+        if max(sequence) >= config.vocab_size:
             fail(
-                f"{text[:60]!r} has {len(sequence)} tokens, the model {positions} positions: shorten it or leave it out"
+                f"{final}: its tokenizer reads {text!r} as {sequence}, its model knows {config.vocab_size} tokens only"
             )
-        if max(sequence) >= ids:
-            fail(f"{final}: the tokenizer reads {text[:60]!r} as {sequence}, the model knows {ids} tokens only")
     unusable, steps_by_digest = [], defaultdict(list)
     for step, folder in tqdm(checkpoints.items(), desc="checking", unit="checkpoint", leave=False, disable=RANK > 0):
         try:
@@ -518,24 +524,16 @@ def measure(
 
 def fingerprint(folder: Path) -> list:
     """What changes when the files of a checkpoint change."""
-    files = [
-        file
-        for file in sorted(folder.iterdir())
-        if file.name == "config.json" or file.suffix in (".safetensors", ".bin")
-    ]
+    files = [folder / "config.json", *weight_files(folder)]
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def contribution_keys(checkpoints: dict[int, Path], inputs: list) -> dict[int, str]:
     """For each step, a digest of all that its contribution depends on."""
     prints = {step: fingerprint(folder) for step, folder in checkpoints.items()}
-    before = dict(zip(list(checkpoints)[1:], checkpoints, strict=False))
-    return {
-        step: hashlib.sha256(
-            json.dumps([inputs, prints[step], prints[max(checkpoints)], prints.get(before.get(step))]).encode()
-        ).hexdigest()
-        for step in checkpoints
-    }
+    final, before = max(checkpoints), dict(zip(list(checkpoints)[1:], checkpoints, strict=False))
+    parts = {step: [inputs, prints[step], prints.get(before.get(step)), prints[final]] for step in checkpoints}
+    return {step: hashlib.sha256(json.dumps(part).encode()).hexdigest() for step, part in parts.items()}
 
 
 def keep(file: Path, **arrays: object) -> None:
@@ -551,7 +549,7 @@ def read_kept(file: Path, key: str) -> dict[str, np.ndarray] | None:
     try:
         with np.load(file) as arrays:
             return dict(arrays) if arrays["key"] == key else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except Exception:  # whatever the reader raises, the file holds nothing that can be used
         return None
 
 
@@ -587,17 +585,23 @@ def group_curves(contributions: list[dict[str, np.ndarray]], sizes: np.ndarray) 
 
 def write_csv(file: Path, curves: dict[int, dict], steps: list[int]) -> None:
     """A row for each group, step and layer; a value that is not defined is left empty."""
-    names = ("similarity", "ci_low", "ci_high", "unrelated", "stability")
     partial_file = file.with_name(f".{file.name}.partial")
     with partial_file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["tokens", "words", "step", "layer", *names])
+        writer.writerow(["tokens", "words", "step", "layer", *CURVES])
         for size, curve in curves.items():
             for (index, layer), _ in np.ndenumerate(curve["similarity"]):
-                values = [curve[name][index, layer] for name in names]
+                values = [curve[name][index, layer] for name in CURVES]
                 numbers = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
                 writer.writerow([size, curve["words"], steps[index], layer, *numbers])
     partial_file.replace(file)
+
+
+def printable(text: str) -> str:
+    """The text with an escape, such as \\u65e5, for each character that the figures' font has no glyph for."""
+    font = get_font(findfont(FontProperties()))
+    shown = (character if font.get_char_index(ord(character)) else ascii(character)[1:-1] for character in text)
+    return "".join(shown)
 
 
 def step_label(step: int) -> str:
@@ -608,18 +612,17 @@ def step_axis(axes: Axes, steps: list[int]) -> None:
     """An axis that is linear from step 0 to 1 and logarithmic from there, with a label wherever there is room."""
     axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
     positions = axes.xaxis.get_transform().transform(np.array(steps, dtype=float))
-    room = (positions[-1] - positions[0]) / 14
     labelled = [len(steps) - 1]
     for index in reversed(range(len(steps) - 1)):
-        if positions[labelled[-1]] - positions[index] >= room:
+        if positions[labelled[-1]] - positions[index] >= np.ptp(positions) / 16:
             labelled.append(index)
     axes.set_xticks([steps[index] for index in labelled], [step_label(steps[index]) for index in labelled])
     axes.set_xticks(steps, minor=True)
     axes.set_xlabel("training step")
 
 
-def layer_name(layer: int, layers: int) -> str:
-    return f"layer {layer}" + {0: " (token embedding)", layers: " (after the final LayerNorm)"}.get(layer, "")
+def layer_range(layers: int) -> str:
+    return f"layer (0 = token embedding, {layers} = after the final LayerNorm)"
 
 
 def draw_group(file: Path, family: str, steps: list[int], size: int, curve: dict) -> None:
@@ -631,14 +634,12 @@ def draw_group(file: Path, family: str, steps: list[int], size: int, curve: dict
     for layer in range(layers + 1):
         axes.plot(steps, curve["similarity"][:, layer], marker=".", color=colours(layer))
     step_axis(axes, steps)
-    axes.set_ylabel("cosine similarity to the final checkpoint")
-    axes.set_title(
-        f"{family}: words of {tokens_name(size)} ({curve['words']} words)\nsimilarity to step {steps[-1]}, by layer"
-    )
     axes.grid(alpha=0.3)
-    bounds = BoundaryNorm(np.arange(-0.5, layers + 1), layers + 1)
-    bar = figure.colorbar(ScalarMappable(bounds, colours), ax=axes, ticks=range(0, layers + 1, layers // 8 + 1))
-    bar.set_label(f"layer (0 = token embedding, {layers} = after the final LayerNorm)")
+    axes.set_ylabel("cosine similarity to the final checkpoint")
+    title = f"{family}: words of {tokens_name(size)} ({curve['words']} words)\nsimilarity to step {steps[-1]}, by layer"
+    axes.set_title(title, parse_math=False)
+    scale = ScalarMappable(BoundaryNorm(np.arange(-0.5, layers + 1), layers + 1), colours)
+    figure.colorbar(scale, ax=axes, ticks=range(0, layers + 1, layers // 10 + 1), label=layer_range(layers))
     figure.savefig(file)
 
 
@@ -647,26 +648,24 @@ def draw_layer(file: Path, family: str, steps: list[int], layer: int, curves: di
     layers = next(iter(curves.values()))["similarity"].shape[1] - 1
     figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    for (size, curve), colour in zip(
-        curves.items(), colormaps["viridis"](np.linspace(0, 0.85, len(curves))), strict=True
-    ):
-        label = f"{tokens_name(size)} ({curve['words']} words)"
-        upper.plot(steps, curve["similarity"][:, layer], marker=".", color=colour, label=label)
-        upper.fill_between(
-            steps, curve["ci_low"][:, layer], curve["ci_high"][:, layer], color=colour, alpha=0.25, linewidth=0
-        )
-        upper.plot(steps, curve["unrelated"][:, layer], linestyle="--", linewidth=1, color=colour)
-        lower.plot(steps, curve["stability"][:, layer], marker=".", color=colour)
+    colours = colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
+    for (size, curve), colour, marker in zip(curves.items(), colours, cycle("osD^vP*X"), strict=False):
+        style = {"color": colour, "marker": marker, "markersize": 4}
+        of_layer = {name: curve[name][:, layer] for name in CURVES}
+        upper.plot(steps, of_layer["similarity"], label=f"{tokens_name(size)} ({curve['words']} words)", **style)
+        upper.fill_between(steps, of_layer["ci_low"], of_layer["ci_high"], color=colour, alpha=0.25, linewidth=0)
+        upper.plot(steps, of_layer["unrelated"], color=colour, linestyle="--", linewidth=1)
+        lower.plot(steps, of_layer["stability"], **style)
     upper.set_ylabel("cosine similarity\nto the final checkpoint")
     lower.set_ylabel("stability: cosine similarity\nto the checkpoint before")
     step_axis(lower, steps)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
-    figure.suptitle(
-        f"{family}: {layer_name(layer, layers)} of {layers}, similarity to step {steps[-1]} by number of tokens"
-    )
+    place = {0: " (token embedding)", layers: " (after the final LayerNorm)"}.get(layer, "")
+    title = f"{family}: layer {layer} of {layers}{place}\nsimilarity to step {steps[-1]}, by number of tokens"
+    figure.suptitle(title, parse_math=False)
     handles, _ = upper.get_legend_handles_labels()
-    handles.append(Line2D([], [], linestyle="--", linewidth=1, color="grey", label="unrelated words (floor)"))
+    handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="unrelated words (floor)"))
     handles.append(Patch(color="grey", alpha=0.25, linewidth=0, label="95 % interval over words"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3)
     figure.savefig(file)
@@ -674,33 +673,32 @@ def draw_layer(file: Path, family: str, steps: list[int], layer: int, curves: di
 
 def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, dict]) -> None:
     """Similarity of each group as a heat map of layers by steps."""
-    rows = (len(curves) + 1) // 2
-    figure = Figure(figsize=(10, 0.8 + 3.6 * rows), dpi=150, layout="constrained")
-    panels = figure.subplots(rows, min(len(curves), 2), squeeze=False, sharex=True, sharey=True)
-    lowest = min(curve["similarity"].min() for curve in curves.values())
-    for axes, (size, curve) in zip(panels.flat, curves.items(), strict=False):
-        image = axes.imshow(
-            curve["similarity"].T, vmin=min(0, lowest), vmax=1, cmap="viridis", origin="lower", aspect="auto"
-        )
-        axes.set_title(f"{tokens_name(size)} ({curve['words']} words)")
-    for axes in panels.flat[len(curves) :]:
+    maps = {f"{tokens_name(size)} ({curve['words']} words)": curve["similarity"].T for size, curve in curves.items()}
+    rows, columns = (len(maps) + 1) // 2, min(len(maps), 2)
+    figure = Figure(figsize=(1 + 4.5 * columns, 1 + 3.5 * rows), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    lowest = min(0, *(heat.min() for heat in maps.values()))
+    for axes, (title, heat) in zip(panels.flat, maps.items(), strict=False):
+        image = axes.imshow(heat, vmin=lowest, vmax=1, cmap="viridis", origin="lower", aspect="auto")
+        axes.set_title(title)
+    for axes in panels.flat[len(maps) :]:
         axes.set_axis_off()
     labelled = range(len(steps) - 1, -1, -(len(steps) // 13 + 1))
     panels[0, 0].set_xticks(labelled, [step_label(steps[index]) for index in labelled])
     panels[0, 0].yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel("training step")
-    figure.supylabel(f"layer (0 = token embedding, {len(image.get_array()) - 1} = after the final LayerNorm)")
+    figure.supylabel(layer_range(len(heat) - 1))
     figure.colorbar(image, ax=panels, label="cosine similarity to the final checkpoint")
-    figure.suptitle(f"{family}: similarity to step {steps[-1]}, by number of tokens")
+    figure.suptitle(f"{family}: similarity to step {steps[-1]}, by number of tokens", parse_math=False)
     figure.savefig(file)
 
 
-def draw_figures(results: Path, family: str, steps: list[int], curves: dict[int, dict]) -> None:
-    """All figures; those of an earlier run with other groups or layers go."""
+def draw_figures(results: Path, steps: list[int], curves: dict[int, dict]) -> None:
+    """Draws all figures, and removes those of an earlier run with other groups or layers."""
+    family = printable(results.name)
     layers = next(iter(curves.values()))["similarity"].shape[1]
-    for pattern in ("group_*_tokens.png", "layer_*.png"):
-        for file in results.glob(pattern):
-            file.unlink()
+    for file in [*results.glob("group_*_tokens.png"), *results.glob("layer_*.png")]:
+        file.unlink()
     with tqdm(total=len(curves) + layers + 1, desc="figures", unit="figure") as progress:
         for size, curve in curves.items():
             draw_group(results / f"group_{size}_tokens.png", family, steps, size, curve)
@@ -724,14 +722,14 @@ def main() -> None:
     checkpoints = find_checkpoints(family)
     words = read_words()
     config, tokenizer = read_final(checkpoints[max(checkpoints)])
-    texts, sequences, sizes = draw_words(words, tokenizer)
+    words, texts, sequences, sizes = draw_words(words, tokenizer, config)
     check_checkpoints(checkpoints, config, texts, sequences)
     results = HERE / RESULTS_DIR / family.name
     kept = results / "kept"
     kept.mkdir(parents=True, exist_ok=True)
 
     steps = list(checkpoints)
-    keys = contribution_keys(checkpoints, [texts, sequences, DTYPE, device.type, config.to_json_string()])
+    keys = contribution_keys(checkpoints, [words, sequences, DTYPE, device.type, config.to_json_string()])
     missing = {step: key for step, key in keys.items() if read_kept(kept / f"step{step}.npz", key) is None}
     if RANKS > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
@@ -758,8 +756,8 @@ def main() -> None:
     curves = group_curves(contributions, sizes)
     write_csv(results / "convergence.csv", curves, steps)
     similarity = np.stack([contribution["similarity"] for contribution in contributions])
-    keep(results / "similarities.npz", words=texts, tokens=sizes, steps=steps, similarity=similarity)
-    draw_figures(results, family.name, steps, curves)
+    keep(results / "similarities.npz", words=words, tokens=sizes, steps=steps, similarity=similarity)
+    draw_figures(results, steps, curves)
     say(f"results  {results}")
 
 
