@@ -103,11 +103,13 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def is_text(value: object) -> bool:
+    """Whether a value is a string that is not blank and can be written as UTF-8."""
+    return isinstance(value, str) and value.strip() != "" and value == value.encode("utf-8", "ignore").decode("utf-8")
+
+
 def check_settings() -> None:
     """Stops at the first constant that cannot be meant."""
-
-    def is_text(value: object) -> bool:
-        return isinstance(value, str) and value.strip() != ""
 
     def is_whole(value: object, least: int) -> bool:
         return type(value) is int and value >= least
@@ -189,8 +191,7 @@ def read_words() -> list[str]:
     words = read_json(file, 'an object {"word": frequency, ...}')
 
     def is_usable(word: str, frequency: object) -> bool:
-        is_one_word = word.split() == [word] and word.encode("utf-8", "ignore").decode("utf-8") == word
-        return is_one_word and isinstance(frequency, int | float) and not isinstance(frequency, bool)
+        return is_text(word) and word.split() == [word] and type(frequency) in (int, float)
 
     unusable = [f"{word!r}: {frequency!r:.40}" for word, frequency in words.items() if not is_usable(word, frequency)]
     if unusable:
@@ -290,7 +291,7 @@ def draw_words(
             continue
         if size + PREPEND_BOS > config.max_position_embeddings:
             fail(
-            fail(f"a word of {tokens_name(size)} does not fit into {config.max_position_embeddings} positions: change GROUPS")
+                f"{tokens_name(size)} and {BOS} do not fit into {config.max_position_embeddings} positions: change GROUPS"
             )
         if WORDS_PER_GROUP is not None and len(group) > WORDS_PER_GROUP:
             chosen = np.random.default_rng([SEED, size]).choice(len(group), WORDS_PER_GROUP, replace=False)
