@@ -290,9 +290,7 @@ def draw_words(
             warn(f"{WORDS_FILE} has {len(group)} words of {tokens_name(size)}, fewer than MIN_GROUP_SIZE: left out")
             continue
         if size + PREPEND_BOS > config.max_position_embeddings:
-            fail(
-                f"{tokens_name(size)} and {BOS} do not fit into {config.max_position_embeddings} positions: change GROUPS"
-            )
+            fail(f"{tokens_name(size)} and {BOS} do not fit {config.max_position_embeddings} positions: change GROUPS")
         if WORDS_PER_GROUP is not None and len(group) > WORDS_PER_GROUP:
             chosen = np.random.default_rng([SEED, size]).choice(len(group), WORDS_PER_GROUP, replace=False)
             group = [group[index] for index in chosen]
@@ -518,7 +516,7 @@ def measure(
             related = members.cpu().double() @ similarity.double()
             unrelated = ((sums * final_sums).sum(-1) - related) / pairs
             file = kept / f"step{step}.npz"
-            keep(file, key=missing[step], similarity=similarity.T, stability=stability.T, unrelated=unrelated)
+            write_arrays(file, key=missing[step], similarity=similarity.T, stability=stability.T, unrelated=unrelated)
         progress.update()
     progress.close()
 
@@ -537,7 +535,7 @@ def contribution_keys(checkpoints: dict[int, Path], inputs: list) -> dict[int, s
     return {step: hashlib.sha256(json.dumps(part).encode()).hexdigest() for step, part in parts.items()}
 
 
-def keep(file: Path, **arrays: object) -> None:
+def write_arrays(file: Path, **arrays: object) -> None:
     """Writes arrays to a file that appears under its name only when it is whole."""
     partial_file = file.with_name(f".{file.name}.partial")
     with partial_file.open("wb") as stream:
@@ -564,37 +562,37 @@ def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
-def group_curves(contributions: list[dict[str, np.ndarray]], sizes: np.ndarray) -> dict[int, dict]:
+def group_curves(contributions: dict[str, np.ndarray], sizes: np.ndarray) -> dict[int, dict]:
     """The curves of each group, by its number of tokens: each float64 (steps, layers + 1)."""
-    similarity = np.stack([contribution["similarity"] for contribution in contributions])  # (steps, layers + 1, words)
-    stability = np.stack([contribution["stability"] for contribution in contributions])
-    unrelated = np.stack([contribution["unrelated"] for contribution in contributions])  # (steps, groups, layers + 1)
     curves = {}
     for group, size in enumerate(np.unique(sizes)):
-        of_group = similarity[..., sizes == size]
-        low, high = bootstrap_interval(np.moveaxis(of_group, -1, 0))
+        similarity = contributions["similarity"][..., sizes == size]  # (steps, layers + 1, words of the group)
+        low, high = bootstrap_interval(np.moveaxis(similarity, -1, 0))
         curves[int(size)] = {
-            "words": of_group.shape[-1],
-            "similarity": of_group.mean(-1, dtype=np.float64),
+            "words": similarity.shape[-1],
+            "similarity": similarity.mean(-1, dtype=np.float64),
             "ci_low": low,
             "ci_high": high,
-            "unrelated": unrelated[:, group],
-            "stability": stability[..., sizes == size].mean(-1, dtype=np.float64),
+            "unrelated": contributions["unrelated"][:, group],
+            "stability": contributions["stability"][..., sizes == size].mean(-1, dtype=np.float64),
         }
     return curves
 
 
-def write_csv(file: Path, curves: dict[int, dict], steps: list[int]) -> None:
-    """A row for each group, step and layer; a value that is not defined is left empty."""
+def write_csv(file: Path, leading: tuple[str, str], tables: dict[tuple, dict], names: tuple, steps: list[int]) -> None:
+    """Writes a row for each table, step and layer: the table's two leading values, then the named curves' values.
+
+    A curve is float (steps, layers + 1). A value that is not defined is left empty.
+    """
     partial_file = file.with_name(f".{file.name}.partial")
     with partial_file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(["tokens", "words", "step", "layer", *CURVES])
-        for size, curve in curves.items():
-            for (index, layer), _ in np.ndenumerate(curve["similarity"]):
-                values = [curve[name][index, layer] for name in CURVES]
+        writer.writerow([*leading, "step", "layer", *names])
+        for key, table in tables.items():
+            for index, layer in np.ndindex(table[names[0]].shape):
+                values = [table[name][index, layer] for name in names]
                 numbers = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
-                writer.writerow([size, curve["words"], steps[index], layer, *numbers])
+                writer.writerow([*key, steps[index], layer, *numbers])
     partial_file.replace(file)
 
 
@@ -751,13 +749,15 @@ def main() -> None:
     if RANK > 0:
         return
 
-    contributions = [read_kept(kept / f"step{step}.npz", keys[step]) for step in steps]
-    if None in contributions:
+    arrays = [read_kept(kept / f"step{step}.npz", keys[step]) for step in steps]
+    if None in arrays:
         fail(f"{kept} or the checkpoints changed during the run: run again")
+    contributions = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
     curves = group_curves(contributions, sizes)
-    write_csv(results / "convergence.csv", curves, steps)
-    similarity = np.stack([contribution["similarity"] for contribution in contributions])
-    keep(results / "similarities.npz", words=words, tokens=sizes, steps=steps, similarity=similarity)
+    tables = {(size, curve["words"]): curve for size, curve in curves.items()}
+    write_csv(results / "convergence.csv", ("tokens", "words"), tables, CURVES, steps)
+    similarity = contributions["similarity"]
+    write_arrays(results / "similarities.npz", words=words, tokens=sizes, steps=steps, similarity=similarity)
     draw_figures(results, steps, curves)
     say(f"results  {results}")
 

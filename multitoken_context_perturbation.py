@@ -1,0 +1,763 @@
+"""Compares a word of several tokens with itself in other contexts, and with words that end in the same token.
+
+Run as `python multitoken_context_perturbation.py [FAMILY]`. FAMILY is a folder with a sub-folder for each training
+step (step0, step512 ... step143000) that holds a GPT-NeoX checkpoint; without it CHECKPOINTS_DIR is analysed.
+
+Each word has a base sentence that ends in it, other sentences that end in it, and perturbed versions of the base,
+whose last word is another word with the same last token. A sentence is read after one <|endoftext|>, and its
+hidden state is taken at its last token. For each checkpoint, layer and word the script measures
+    P1         the mean cosine between the base and the word's other contexts;
+    P2         the mean cosine between the base and its perturbed versions;
+    unrelated  the mean cosine between the base and the bases of the other words: the floor that anisotropy alone
+               gives (Ethayarajh 2019, arXiv:1909.00512).
+Layer 0 is the token embedding, where P1 = P2 = 1, since all end in the same token: what happens above is
+composition. The last layer is taken after the final LayerNorm, as transformers returns it.
+
+RESULTS_DIR/<name of FAMILY>/ then holds perturbation.csv, perturbation_mean.csv, overview.png, mean_all.png,
+mean_<n>_tokens.png, words/<n>_tokens_<word>.png, and kept/: what each checkpoint contributed, from which a run that
+was cut short goes on. Means come with 95 % bootstrap intervals over words.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import NoReturn
+
+import numpy as np
+import torch
+import torch.distributed
+import transformers
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.ticker import MaxNLocator
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import GPTNeoXConfig, GPTNeoXModel
+
+# ------------------------------------------------------------------------------
+# files and folders, beside this script
+CHECKPOINTS_DIR = "pythia_1b_checkpoints"  # the family that is analysed if none is named
+RESULTS_DIR = "multitoken_words_plots"  # gets a folder for each family
+CONTEXTS_FILE = "multitoken_words_contexts.json"  # {word: {"sentences": [...], "replaced_sentences": [...]}}
+# words
+WORDS_TO_PLOT = 20  # words with a figure of their own: how many, drawn at random, or a list such as ["lighthouse"]
+PREPEND_BOS = True  # read a sentence after <|endoftext|>, as a document begins in training
+# model
+DTYPE = "float32"  # of weights and matrix products: "float32", "bfloat16" or "float16"
+DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
+BATCH_TOKENS = 256  # tokens in a forward pass
+# statistics
+SEED = 0  # of the words to plot and of the bootstrap
+BOOTSTRAP_RESAMPLES = 1000  # resamples of the words behind an interval
+# ------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+BOS = "<|endoftext|>"
+KINDS = {"sentences": 2, "replaced_sentences": 0}  # the lists of an entry, and how many texts each has at least
+CURVES = ("P1", "P1_ci_low", "P1_ci_high", "P2", "P2_ci_low", "P2_ci_high", "unrelated")  # of a group of words
+STYLES = {  # of the lines in a panel
+    "P1": {"color": "#0072b2", "marker": "o", "markersize": 3, "label": "P1: other contexts"},
+    "P2": {"color": "#d55e00", "marker": "s", "markersize": 3, "label": "P2: perturbed"},
+    "unrelated": {"color": "grey", "linestyle": "--", "label": "unrelated words (floor)"},
+}
+ARCHITECTURE = (  # the entries of config.json that all checkpoints of a family share
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+    *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
+)
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the run with one line on standard error that says what is wrong, where, and what to do."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def warn(message: str) -> None:
+    if RANK == 0:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def say(message: str) -> None:
+    if RANK == 0:
+        print(message, flush=True)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a string that is not blank and can be written as UTF-8."""
+    return isinstance(value, str) and value.strip() != "" and value == value.encode("utf-8", "ignore").decode("utf-8")
+
+
+def check_settings() -> None:
+    """Stops at the first constant that cannot be meant."""
+
+    def is_whole(value: object, least: int) -> bool:
+        return type(value) is int and value >= least
+
+    words_right = is_whole(WORDS_TO_PLOT, 0) or (isinstance(WORDS_TO_PLOT, list) and all(map(is_text, WORDS_TO_PLOT)))
+    for name, right, expected in (
+        ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
+        ("RESULTS_DIR", is_text(RESULTS_DIR), "the name of a folder"),
+        ("CONTEXTS_FILE", is_text(CONTEXTS_FILE), "the name of a file"),
+        ("WORDS_TO_PLOT", words_right, 'a number of at least 0 or a list of words, such as ["lighthouse"]'),
+        ("PREPEND_BOS", type(PREPEND_BOS) is bool, "True or False"),
+        ("DTYPE", DTYPE in ("float32", "bfloat16", "float16"), '"float32", "bfloat16" or "float16"'),
+        ("DEVICE", is_text(DEVICE), '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
+        ("BATCH_TOKENS", is_whole(BATCH_TOKENS, 1), "a number of at least 1"),
+        ("SEED", is_whole(SEED, 0), "a number of at least 0"),
+        ("BOOTSTRAP_RESAMPLES", is_whole(BOOTSTRAP_RESAMPLES, 1), "a number of at least 1"),
+    ):
+        if not right:
+            fail(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
+
+
+def choose_device() -> torch.device:
+    name = DEVICE
+    if DEVICE == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and RANKS > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f'DEVICE = {DEVICE!r} cannot be used here ({first_line(error)}): set it to "auto" or "cpu"')
+    if device.type not in ("cuda", "mps", "cpu"):
+        fail(f'DEVICE = {DEVICE!r}: expected "auto", "cpu", "cuda", "cuda:1" or "mps"')
+    return device
+
+
+def find_family(name: str) -> Path:
+    """The folder of a family, named from where the script was started or from beside it."""
+    for folder in (Path(name), HERE / name):
+        if folder.is_dir():
+            return folder.resolve()
+    fail(
+        f"there is no folder {HERE / name}: fetch Pythia-1B with `python download_checkpoints.py`, or train "
+        "a miniature with `python tests/miniature.py` and name its folder, miniature_checkpoints"
+    )
+
+
+def find_checkpoints(family: Path) -> dict[int, Path]:
+    """The checkpoints of a family by training step, in ascending order."""
+    matches = (re.fullmatch("step(0|[1-9][0-9]{0,11})", folder.name) for folder in family.iterdir() if folder.is_dir())
+    steps = sorted(int(match[1]) for match in matches if match)
+    if not steps:
+        fail(f"{family} holds no checkpoint: expected a folder for each training step, such as step0 and step512")
+    return {step: family / f"step{step}" for step in steps}
+
+
+def read_json(file: Path, expected: str) -> dict:
+    """The object that a JSON file holds; an empty one is an error too."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        fail(f"{file} cannot be read ({error.strerror}): expected {expected}")
+    except json.JSONDecodeError as error:
+        fail(f"{file}, line {error.lineno}: not JSON ({error.msg}); expected {expected}")
+    except (ValueError, RecursionError) as error:
+        fail(f"{file}: not JSON ({first_line(error)}); expected {expected}")
+    if not isinstance(content, dict) or not content:
+        found = "an empty object" if content == {} else f"a {type(content).__name__}"
+        fail(f"{file}, line 1: found {found}, expected {expected}")
+    return content
+
+
+def read_config(folder: Path) -> GPTNeoXConfig:
+    """The configuration of a checkpoint. Raises OSError or ValueError if it is none of a GPT-NeoX model."""
+    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if model_type != "gpt_neox":
+        raise ValueError(f"its architecture is {model_type}, expected gpt_neox")
+    return GPTNeoXConfig.from_pretrained(folder)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint, which neither pads nor cuts. Raises an exception if it cannot be used."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if PREPEND_BOS and tokenizer.token_to_id(BOS) is None:
+        raise ValueError(f"its tokenizer has no {BOS}; set PREPEND_BOS = False")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def read_final(folder: Path) -> tuple[GPTNeoXConfig, Tokenizer]:
+    """Configuration and tokenizer of the final checkpoint, which the others have to share."""
+    try:
+        return read_config(folder), read_tokenizer(folder)
+    except Exception as error:  # whatever the readers raise, there is nothing to compare with
+        fail(f"fetch or train again, or remove, what cannot be used: {folder}: {first_line(error)}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a checkpoint, one or shards: safetensors where there are, else pickled."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    name = next((name for name in names if (folder / name).is_file()), None)
+    if name is None:
+        raise FileNotFoundError(f"it has no weights, expected {names[0]} or {names[2]}")
+    if name.endswith(".index.json"):
+        shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / shard for shard in sorted(set(shards))]
+    return [folder / name]
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint in the type that they are stored in, under their names in the base model.
+
+    They are mapped into memory: nothing is read from disk before it is used.
+    """
+    weights = {}
+    for file in weight_files(folder):
+        if file.suffix == ".safetensors":
+            weights |= load_file(file)
+        else:
+            weights |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    return {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
+
+
+def read_ahead(folders: list[Path]) -> None:
+    """Reads the weights of checkpoints once, so that the operating system has them in memory when they are loaded."""
+    with suppress(OSError):  # what is wrong with a file is said when it is loaded
+        for file in (file for folder in folders for file in weight_files(folder)):
+            with file.open("rb") as stream:
+                while stream.read(2**24):
+                    pass
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[int, ...]]:
+    """The token ids of each text as it is read, after <|endoftext|> where PREPEND_BOS says so."""
+    start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
+    return [start + tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def tokens_name(size: int) -> str:
+    return "1 token" if size == 1 else f"{size} tokens"
+
+
+def read_contexts(tokenizer: Tokenizer, config: GPTNeoXConfig) -> dict[str, dict[str, list[str]]]:
+    """The entries of CONTEXTS_FILE by word; all that is wrong with them is said at once."""
+    file = HERE / CONTEXTS_FILE
+    entries = read_json(file, 'an object {"word": {"sentences": [...], "replaced_sentences": [...]}, ...}')
+    positions = config.max_position_embeddings
+    wrong = []
+    for word, entry in entries.items():
+        for kind, least in KINDS.items():
+            texts = entry.get(kind, []) if isinstance(entry, dict) else None
+            if not isinstance(texts, list) or len(texts) < least:
+                wrong.append(f"{word!r:.60} needs a list of {least} or more {kind}")
+            elif not all(is_text(text) for text in (word, *texts)):
+                wrong.append(f"{word!r:.60} has {kind} that are no text")
+            elif any(len(sequence) > positions for sequence in encode(tokenizer, texts)):
+                wrong.append(f"{word!r:.60} has {kind} that are longer than the model's {positions} positions")
+    if wrong:
+        fail(f"{file}: mend or remove {len(wrong)} lists of sentences: {'; '.join(wrong)}")
+    return entries
+
+
+def choose_variants(
+    entries: dict[str, dict[str, list[str]]], tokenizer: Tokenizer
+) -> tuple[dict[str, list[list[str]]], np.ndarray]:
+    """For each word the texts that are compared, [base], other contexts, perturbed versions; and int (words,) sizes.
+
+    A size is a word's number of tokens. Left out, counted and named is what measures something else: a context that
+    does not end in the word's tokens, a perturbed version that does not end in its last token, and the base again.
+    """
+    chosen, sizes, left_out = {}, [], {kind: [] for kind in KINDS}
+    for word, entry in entries.items():
+        ending, base = encode(tokenizer, [" " + word, entry["sentences"][0]])
+        size = len(ending) - PREPEND_BOS
+        variants = [entry["sentences"][:1]]
+        for kind, shared in (("sentences", size), ("replaced_sentences", 1)):
+            texts = entry.get(kind, [])[len(variants[0]) * (kind == "sentences") :]
+            fitting = []
+            for text, sequence in zip(texts, encode(tokenizer, texts), strict=True):
+                if base[-size:] == ending[-size:] and sequence[-shared:] == ending[-shared:] and sequence != base:
+                    fitting.append(text)
+            if len(fitting) < len(texts):
+                left_out[kind].append(f"{len(texts) - len(fitting)} of {word}")
+            variants.append(fitting)
+        if any(variants[1:]):
+            chosen[word] = variants
+            sizes.append(size)
+    for kind, named in left_out.items():
+        if named:
+            warn(f"{kind} that do not end in the tokens of their word are left out: {', '.join(named)}")
+    if unmatched := [word for word in entries if word not in chosen]:
+        warn(f"{len(unmatched)} of {len(entries)} words are left out, no variant remains: {', '.join(unmatched)}")
+    if not chosen:
+        fail(f"{HERE / CONTEXTS_FILE}: no word is left: expected sentences that end in their word, without a stop")
+    if lacking := [word for word, variants in chosen.items() if not variants[2]]:
+        warn(f"P2 is empty for {len(lacking)} of {len(chosen)} words, without replaced_sentences: {', '.join(lacking)}")
+    return chosen, np.array(sizes)
+
+
+def check_checkpoint(
+    folder: Path, final: Path, config: GPTNeoXConfig, texts: list[str], sequences: list[tuple[int, ...]]
+) -> str:
+    """Checks that a checkpoint is whole and of the final one's kind, or raises an exception that says why not.
+
+    Returns a digest of some values of each weight matrix. Training changes every matrix, so checkpoints with
+    the same digest carry the same weights.
+    """
+    own_config = read_config(folder)
+    for name in ARCHITECTURE:
+        own, expected = getattr(own_config, name), getattr(config, name)
+        if own != expected:
+            raise ValueError(f"its {name} is {own}, that of {final.name} {expected}")
+    if (folder / "tokenizer.json").read_bytes() != (final / "tokenizer.json").read_bytes():
+        for text, own, expected in zip(texts, encode(read_tokenizer(folder), texts), sequences, strict=True):
+            if own != expected:
+                raise ValueError(f"its tokenizer reads {text!r} as {own}, that of {final.name} as {expected}")
+    weights = read_weights(folder)
+    with torch.device("meta"):
+        parameters = dict(GPTNeoXModel(config).named_parameters())
+    digest = hashlib.sha256()
+    for name, parameter in parameters.items():
+        if name not in weights:
+            raise ValueError(f"its weights lack the tensor {name}")
+        if weights[name].shape != parameter.shape or not weights[name].is_floating_point():
+            found = f"{weights[name].dtype} {tuple(weights[name].shape)}"
+            raise ValueError(f"its tensor {name} is {found}, expected floating point {tuple(parameter.shape)}")
+        if parameter.ndim == 2:
+            digest.update(weights[name].flatten()[:64].float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_checkpoints(
+    checkpoints: dict[int, Path], config: GPTNeoXConfig, texts: list[str], sequences: list[tuple[int, ...]]
+) -> None:
+    """Stops if a checkpoint cannot be used, and warns of checkpoints that carry the same weights."""
+    final = checkpoints[max(checkpoints)]
+    for text, sequence in zip(texts, sequences, strict=True):
+        if max(sequence) >= config.vocab_size:
+            fail(
+                f"{final}: its tokenizer reads {text!r} as {sequence}, its model knows {config.vocab_size} tokens only"
+            )
+    unusable, steps_by_digest = [], defaultdict(list)
+    for step, folder in tqdm(checkpoints.items(), desc="checking", unit="checkpoint", leave=False, disable=RANK > 0):
+        try:
+            steps_by_digest[check_checkpoint(folder, final, config, texts, sequences)].append(step)
+        except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
+            unusable.append(f"{folder}: {first_line(error)}")
+    if unusable:
+        fail(f"fetch or train again, or remove, what cannot be used: {'; '.join(unusable)}")
+    for steps in steps_by_digest.values():
+        if len(steps) > 1:
+            warn(f"steps {', '.join(map(str, steps))} have identical weights: the curves stand still between them")
+
+
+def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """Packs sorted token sequences into prefix trees, in which every distinct prefix stands once.
+
+    A causal model's hidden state depends on the prefix alone. So the nodes of a tree are put in one input
+    sequence, where each attends to its ancestors and itself, and its position is its depth. A tree ends before
+    it grows beyond BATCH_TOKENS nodes; the next repeats only the ancestors that both need.
+
+    Returns for each tree input_ids and position_ids, int (1, nodes), attention_mask, bool (1, 1, nodes, nodes),
+    and last, int (sequences of the tree,): the node at which each sequence ends.
+    """
+    trees, previous, path = [], (), []
+    for sequence in sequences:
+        shared = 0
+        while shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
+            shared += 1
+        if not trees or len(trees[-1][0]) + len(sequence) - shared > BATCH_TOKENS:
+            tokens, paths, last = [], [], []
+            trees.append((tokens, paths, last))
+            shared = 0
+        path = path[:shared]
+        for token in sequence[shared:]:
+            path = [*path, len(tokens)]
+            tokens.append(token)
+            paths.append(path)
+        last.append(path[-1])
+        previous = sequence
+
+    def tensors(tokens: list[int], paths: list[list[int]], last: list[int]) -> dict[str, torch.Tensor]:
+        mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+        for node, path in enumerate(paths):
+            mask[node, path] = True
+        tree = {
+            "input_ids": torch.tensor([tokens]),
+            "position_ids": torch.tensor([[len(path) - 1 for path in paths]]),
+            "attention_mask": mask[None, None],
+            "last": torch.tensor(last),
+        }
+        return {name: tensor.to(device) for name, tensor in tree.items()}
+
+    return [tensors(*tree) for tree in trees]
+
+
+def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """A linear layer in float32 by oneDNN, on AMD CPUs about twice as fast as by MKL, which torch takes otherwise."""
+    return torch.ops.aten.mkldnn_linear(states.to_mkldnn(), layer.weight, layer.bias).to_dense()
+
+
+def build_model(folder: Path, device: torch.device) -> GPTNeoXModel:
+    """The base model, without its head. Its linear layers compute in DTYPE; all else stays in float32."""
+    model = GPTNeoXModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.to(getattr(torch, DTYPE))
+            if DTYPE == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
+                layer.forward = partial(onednn_linear, layer)
+    return model
+
+
+def load_weights(model: GPTNeoXModel, folder: Path) -> None:
+    """Overwrites the weights of the model by those of a checkpoint, in place: fresh memory would cost more time."""
+    weights = read_weights(folder)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name].to(parameter.device))
+
+
+def unit_states(
+    model: GPTNeoXModel, step: int, folders: list[Path], trees: list[dict[str, torch.Tensor]], texts: list[str]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields the hidden states of the checkpoint in folders[0] at the last token of each text, scaled to unit length.
+
+    Tree by tree: the rows of its texts, and their states, float32 (texts of the tree, layers + 1, width).
+    Meanwhile the weights in the other folders, those that are needed next, are read from disk.
+    """
+    load_weights(model, folders[0])
+    Thread(target=read_ahead, args=[folders[1:]], daemon=True).start()
+    stop = 0
+    for tree in tqdm(trees, desc=f"step {step}", unit="batch", position=1, leave=False, disable=RANK > 0):
+        inputs = {name: tensor for name, tensor in tree.items() if name != "last"}
+        with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
+            layers = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+        states = torch.stack([layer[0, tree["last"]] for layer in layers], dim=1).float()
+        lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        wrong = ~(lengths.isfinite() & (lengths > 0))
+        if wrong.any():
+            row, layer, _ = wrong.nonzero()[0].tolist()
+            fail(
+                f"step {step}, layer {layer}: the hidden state of {texts[stop + row][-60:]!r} is not finite, or zero; "
+                f'fetch {folders[0]} again, or set DTYPE = "float32"'
+            )
+        start, stop = stop, stop + len(states)
+        yield slice(start, stop), states / lengths
+
+
+def state_store(shape: tuple[int, int, int], folder: Path, device: torch.device) -> torch.Tensor:
+    """Room for the hidden states of a checkpoint; on a CPU in a temporary file, so that memory does not grow."""
+    if device.type != "cpu":
+        return torch.empty(shape, device=device)
+    needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(folder).free
+    if needed > free:
+        fail(f"{folder}: the hidden states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of disk are free: make room")
+    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the memory map below outlives this function)
+    row = bytes(4 * shape[1] * shape[2])
+    for _ in range(shape[0]):
+        file.write(row)  # a full disk is an error here; met later, through the memory map, it would kill the process
+    file.flush()
+    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+
+
+def measure(
+    checkpoints: dict[int, Path],
+    missing: dict[int, str],
+    kept: Path,
+    texts: list[str],
+    sequences: list[tuple[int, ...]],
+    words: list[list[list[int]]],
+    device: torch.device,
+) -> None:
+    """Measures the missing checkpoints (step: key), and keeps what each contributes as soon as it is known.
+
+    For each word its rows among the texts: [base], other contexts, perturbed versions.
+    """
+    passes = list(missing)
+    trees = prefix_trees(sequences, device)
+    model = build_model(checkpoints[passes[0]], device)
+    layers, width = model.config.num_hidden_layers + 1, model.config.hidden_size
+    states = state_store((len(texts), layers, width), kept, device)
+    for index, step in enumerate(tqdm(passes, desc="checkpoints", unit="checkpoint", position=0, disable=RANK > 0)):
+        folders = [checkpoints[step] for step in passes[index : index + 2]]
+        for rows, tree_states in unit_states(model, step, folders, trees, texts):
+            states[rows] = tree_states
+        base_sum = sum(states[base] for (base,), _, _ in words)
+        P1, P2, unrelated = (torch.full((len(words), layers), torch.nan) for _ in range(3))
+        for word, ((base,), contexts, perturbed) in enumerate(words):
+            if contexts:
+                P1[word] = (states[contexts] * states[base]).sum(-1).mean(0)
+            if perturbed:
+                P2[word] = (states[perturbed] * states[base]).sum(-1).mean(0)
+            if len(words) > 1:
+                unrelated[word] = ((base_sum - states[base]) * states[base]).sum(-1) / (len(words) - 1)
+        write_arrays(kept / f"step{step}.npz", key=missing[step], P1=P1.T, P2=P2.T, unrelated=unrelated.T)
+
+
+def fingerprint(folder: Path) -> list:
+    """What changes when the files of a checkpoint change."""
+    files = [folder / "config.json", *weight_files(folder)]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def contribution_keys(checkpoints: dict[int, Path], inputs: list) -> dict[int, str]:
+    """For each step, a digest of all that its contribution depends on."""
+    parts = {step: [inputs, fingerprint(folder)] for step, folder in checkpoints.items()}
+    return {step: hashlib.sha256(json.dumps(part).encode()).hexdigest() for step, part in parts.items()}
+
+
+def write_arrays(file: Path, **arrays: object) -> None:
+    """Writes arrays to a file that appears under its name only when it is whole."""
+    partial_file = file.with_name(f".{file.name}.partial")
+    with partial_file.open("wb") as stream:
+        np.savez(stream, **arrays)
+    partial_file.replace(file)
+
+
+def read_kept(file: Path, key: str) -> dict[str, np.ndarray] | None:
+    """What a checkpoint contributed, or None if that is not known for this key."""
+    try:
+        with np.load(file) as arrays:
+            return dict(arrays) if arrays["key"] == key else None
+    except Exception:  # whatever the reader raises, the file holds nothing that can be used
+        return None
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % percentile interval of the mean over the first axis (Efron 1979, doi:10.1214/aos/1176344552)."""
+    random = np.random.default_rng(SEED)
+    count = len(values)
+    draws = (np.bincount(random.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_RESAMPLES))
+    means = np.stack(list(draws)) / count @ values.reshape(count, -1).astype(np.float64)
+    low, high = np.percentile(means, (2.5, 97.5), axis=0)
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
+def mean_curves(contributions: dict[str, np.ndarray], sizes: np.ndarray) -> dict[int | str, dict]:
+    """The mean profiles by number of tokens and over all words: each float64 (steps, layers + 1).
+
+    P1 and P2 are averaged over the words that have them; "P1_words" and "P2_words" say how many do.
+    """
+    curves = {}
+    for size in [*map(int, np.unique(sizes)), "all"]:
+        members = np.full(len(sizes), True) if size == "all" else sizes == size
+        unrelated = contributions["unrelated"][..., members].mean(-1, dtype=float)
+        curves[size] = {"words": int(members.sum()), "unrelated": unrelated}
+        for name in ("P1", "P2"):
+            known = contributions[name][..., members & ~np.isnan(contributions[name][0, 0])]
+            mean = known.mean(-1, dtype=float) if known.shape[-1] else np.full(known.shape[:-1], np.nan)
+            low, high = bootstrap_interval(np.moveaxis(known, -1, 0)) if known.shape[-1] else (mean, mean)
+            curves[size] |= {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
+            curves[size][f"{name}_words"] = known.shape[-1]
+    return curves
+
+
+def write_csv(file: Path, leading: tuple[str, str], tables: dict[tuple, dict], names: tuple, steps: list[int]) -> None:
+    """Writes a row for each table, step and layer: the table's two leading values, then the named curves' values.
+
+    A curve is float (steps, layers + 1). A value that is not defined is left empty.
+    """
+    partial_file = file.with_name(f".{file.name}.partial")
+    with partial_file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*leading, "step", "layer", *names])
+        for key, table in tables.items():
+            for index, layer in np.ndindex(table[names[0]].shape):
+                values = [table[name][index, layer] for name in names]
+                numbers = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
+                writer.writerow([*key, steps[index], layer, *numbers])
+    partial_file.replace(file)
+
+
+def printable(text: str) -> str:
+    """The text with an escape, such as \\u65e5, for each character that the figures' font has no glyph for."""
+    font = get_font(findfont(FontProperties()))
+    shown = (character if font.get_char_index(ord(character)) else ascii(character)[1:-1] for character in text)
+    return "".join(shown)
+
+
+def step_label(step: int) -> str:
+    return f"{step // 1000}k" if step and step % 1000 == 0 else str(step)
+
+
+def layer_range(layers: int) -> str:
+    return f"layer (0 = token embedding, {layers} = after the final LayerNorm)"
+
+
+def file_name(word: str) -> str:
+    """A readable file name for a word, safe on every system, and no other word's.
+
+    What is not plain lower case is marked by a digest, since systems differ in what they forbid, in whether A and a
+    are one letter, and in how they write an accent.
+    """
+    name = "".join(character if character.isalnum() or character == "-" else "_" for character in word[:40])
+    plain = re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", word) and name == word
+    return name if plain else f"{name}-{hashlib.sha256(word.encode()).hexdigest()[:8]}"
+
+
+def draw_profiles(file: Path, title: str, steps: list[int], curve: dict[str, np.ndarray]) -> None:
+    """P1 and P2 against layer with their floor, and with intervals where there are any; a panel a step."""
+    layers = curve["P1"].shape[1] - 1
+    columns = min(len(steps), max(4, round(np.sqrt(1.5 * len(steps)))))
+    rows = -(-len(steps) // columns)
+    width, height = 1.5 + 2.2 * columns, 1.7 + 1.9 * rows
+    figure = Figure(figsize=(width, height), dpi=100)
+    margins = {"left": 0.8 / width, "right": 1 - 0.2 / width, "bottom": 1.0 / height, "top": 1 - 0.75 / height}
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=margins)
+    for axes, index in zip(panels.flat, range(len(steps)), strict=False):
+        for name, style in STYLES.items():
+            axes.plot(curve[name][index], **style)
+            if f"{name}_ci_low" in curve:
+                low, high = curve[f"{name}_ci_low"][index], curve[f"{name}_ci_high"][index]
+                axes.fill_between(range(layers + 1), low, high, color=style["color"], alpha=0.25, linewidth=0)
+        axes.set_title(f"step {steps[index]}", fontsize="medium", pad=3)
+        axes.grid(alpha=0.3)
+    for axes in panels.flat[len(steps) :]:
+        axes.set_axis_off()
+    panels[0, 0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    figure.supxlabel(layer_range(layers), y=0.5 / height, fontsize="medium")
+    figure.supylabel("cosine similarity to the base sentence's last token", x=0.1 / width, fontsize="medium")
+    figure.suptitle(title, y=1 - 0.1 / height, parse_math=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(STYLES))
+    figure.savefig(file)
+
+
+def draw_overview(file: Path, family: str, steps: list[int], curve: dict) -> None:
+    """P1, P2 and their difference, means over all words, as heat maps of layers by steps."""
+    maps = {"P1: other contexts": curve["P1"], "P2: perturbed": curve["P2"], "P1 - P2": curve["P1"] - curve["P2"]}
+    figure = Figure(figsize=(14, 5), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(maps), sharex=True, sharey=True)
+    layers = curve["P1"].shape[1] - 1
+    lowest = min(0, np.nanmin([curve["P1"], curve["P2"]]))
+    widest = np.nanmax(np.abs([*maps["P1 - P2"].flat, 0.01]))
+    for axes, (title, heat) in zip(panels, maps.items(), strict=True):
+        scale = {"vmin": lowest, "vmax": 1, "cmap": "viridis"}
+        if title == "P1 - P2":
+            scale = {"vmin": -widest, "vmax": widest, "cmap": "RdBu_r"}
+        image = axes.imshow(heat.T, origin="lower", aspect="auto", **scale)
+        axes.set_title(title)
+        figure.colorbar(image, ax=axes)
+    labelled = range(len(steps) - 1, -1, -(len(steps) // 9 + 1))
+    panels[0].set_xticks(labelled, [step_label(steps[index]) for index in labelled])
+    panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.supxlabel("training step")
+    figure.supylabel(layer_range(layers))
+    figure.suptitle(f"{family}: cosine similarity to the base, mean over {curve['words']} words", parse_math=False)
+    figure.savefig(file)
+
+
+def draw_figures(
+    results: Path, steps: list[int], tables: dict[tuple[str, int], dict], curves: dict[int | str, dict]
+) -> None:
+    """Draws all figures, and removes those of an earlier run with other words."""
+    family = printable(results.name)
+    by_word = {word: (size, table) for (word, size), table in tables.items()}
+    words = WORDS_TO_PLOT
+    if isinstance(WORDS_TO_PLOT, int):
+        words = np.random.default_rng(SEED).permutation(list(by_word))[:WORDS_TO_PLOT].tolist()
+    if unknown := [word for word in words if word not in by_word]:
+        warn(f"WORDS_TO_PLOT: not measured, so not drawn: {', '.join(unknown)}")
+    (results / "words").mkdir(exist_ok=True)
+    for file in [*results.glob("mean_*.png"), *results.glob("words/*_tokens_*.png")]:
+        file.unlink()
+    with tqdm(total=len(curves) + len(words) + 1, desc="figures", unit="figure") as progress:
+        for size, curve in curves.items():
+            name = "all" if size == "all" else f"{size}_tokens"
+            known = f"{curve['words']} words" + f" (P2: {curve['P2_words']})" * (curve["P2_words"] < curve["words"])
+            title = f"{family}: mean over {known}" + f" of {tokens_name(size)}" * (size != "all")
+            draw_profiles(results / f"mean_{name}.png", title + ", with 95 % intervals", steps, curve)
+            progress.update()
+        for word in dict.fromkeys(words):
+            size, table = by_word[word]
+            shown = printable(word if len(word) <= 60 else f"{word[:60]}…")
+            title = f"{family}: {shown} ({tokens_name(size)})"
+            draw_profiles(results / "words" / f"{size}_tokens_{file_name(word)}.png", title, steps, table)
+            progress.update()
+        draw_overview(results / "overview.png", family, steps, curves["all"])
+        progress.update()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("family", nargs="?", default=CHECKPOINTS_DIR, help="folder of checkpoints [%(default)s]")
+    arguments = parser.parse_args()
+    check_settings()
+    device = choose_device()
+    family = find_family(arguments.family)
+    checkpoints = find_checkpoints(family)
+    config, tokenizer = read_final(checkpoints[max(checkpoints)])
+    entries = read_contexts(tokenizer, config)
+    variants, sizes = choose_variants(entries, tokenizer)
+    texts = {text for lists in variants.values() for texts in lists for text in texts}
+    sequences, texts = map(list, zip(*sorted(zip(encode(tokenizer, list(texts)), texts, strict=True)), strict=True))
+    check_checkpoints(checkpoints, config, texts, sequences)
+    results = HERE / RESULTS_DIR / family.name
+    kept = results / "kept"
+    kept.mkdir(parents=True, exist_ok=True)
+
+    steps = list(checkpoints)
+    row_of = {text: row for row, text in enumerate(texts)}
+    words = [[[row_of[text] for text in texts] for texts in lists] for lists in variants.values()]
+    keys = contribution_keys(checkpoints, [words, sequences, DTYPE, device.type, config.to_json_string()])
+    missing = {step: key for step, key in keys.items() if read_kept(kept / f"step{step}.npz", key) is None}
+    if RANKS > 1:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
+        torch.distributed.broadcast_object_list(seen_by_first := [missing])
+        missing = seen_by_first[0]
+    groups = [f"{np.sum(sizes == size)} of {tokens_name(size)}" for size in np.unique(sizes)]
+    say(f"family   {family}")
+    say(f"steps    {', '.join(map(step_label, steps))} ({len(missing)} of {len(steps)} to measure)")
+    say(f"words    {', '.join(groups)}; {len(texts)} sentences")
+    say(f"device   {device}, {DTYPE}" + f", {RANKS} ranks" * (RANKS > 1))
+    share = list(missing)[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS]
+    if share:
+        measure(checkpoints, {step: missing[step] for step in share}, kept, texts, sequences, words, device)
+    if RANKS > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    if RANK > 0:
+        return
+
+    arrays = [read_kept(kept / f"step{step}.npz", keys[step]) for step in steps]
+    if None in arrays:
+        fail(f"{kept} or the checkpoints changed during the run: run again")
+    contributions = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
+    curves = mean_curves(contributions, sizes)
+    names = ("P1", "P2", "unrelated")
+    tables = {
+        (word, int(size)): {name: contributions[name][..., index] for name in names}
+        for index, (word, size) in enumerate(zip(variants, sizes, strict=True))
+    }
+    write_csv(results / "perturbation.csv", ("word", "tokens"), tables, names, steps)
+    means = {(size, curve["words"]): curve for size, curve in curves.items()}
+    write_csv(results / "perturbation_mean.csv", ("tokens", "words"), means, CURVES, steps)
+    draw_figures(results, steps, tables, curves)
+    say(f"results  {results}")
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with torch.inference_mode():
+            main()
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, and the next run goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError as error:
+        fail(f"{first_line(error)} Lower BATCH_TOKENS; what was measured is kept")
+    except OSError as error:
+        fail(f"{error}; what was measured is kept, run again when there is room to write")
