@@ -1,0 +1,600 @@
+"""download_checkpoints.py, run as a user runs it, against a real HTTP server that speaks the hub's API and fails."""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hub_server import SIGNATURE, Fault, Hub, serve
+from safetensors.torch import load, save
+
+ANALYSIS = Path(__file__).resolve().parents[1] / "token_convergence_analysis.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "download_checkpoints.py"
+MODEL = "lab/miniature"
+STEPS = (0, 2, 4)
+FILES = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"}
+UNWANTED = {
+    "README.md": b"# hello",
+    "optimizer.bin": b"0" * 99,
+    "modeling_x.py": b"raise SystemExit",
+    "training_args.bin": b"1",
+}
+
+
+@pytest.fixture(scope="session")
+def contents(miniature: Path) -> dict[str, dict[str, bytes]]:
+    """{revision: {file: bytes}} of three checkpoints of the miniature, with the tokenizer's config that Pythia has."""
+    config = {"tokenizer_config.json": b'{"tokenizer_class": "GPTNeoXTokenizer"}'}
+    folders = [miniature / f"step{step}" for step in STEPS]
+    return {
+        folder.name: config | {path.name: path.read_bytes() for path in folder.iterdir() if path.name in FILES}
+        for folder in folders
+    }
+
+
+@pytest.fixture
+def hub(contents: dict[str, dict[str, bytes]]) -> Iterator[Hub]:
+    with serve(Hub(MODEL, {revision: files | UNWANTED for revision, files in contents.items()})) as hub:
+        yield hub
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Callable[..., Path]:
+    """Sets constants in a copy of the script, as users do: place(STEPS=[0]) returns the folder where it stands."""
+
+    def place(**settings: object) -> Path:
+        text = SCRIPT.read_text(encoding="utf-8")
+        for name, value in ({"MODEL_ID": MODEL, "STEPS": list(STEPS), "PAUSE": 0.1} | settings).items():
+            text, count = re.subn(rf"(?m)^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, text)
+            assert count == 1, name
+        (tmp_path / SCRIPT.name).write_text(text, encoding="utf-8")
+        return tmp_path
+
+    return place
+
+
+def environment(folder: Path, hub: Hub | None, **more: str) -> dict[str, str]:
+    theirs = {name: value for name, value in os.environ.items() if not re.match(r"HF_|.*_PROXY$", name, re.IGNORECASE)}
+    return theirs | {"HF_HOME": str(folder / "hf_home"), "HF_ENDPOINT": hub.url if hub else "http://127.0.0.1:9"} | more
+
+
+def start(folder: Path, hub: Hub | None, *arguments: str, **more: str) -> subprocess.Popen:
+    """Starts the script from another directory than its own."""
+    command = [sys.executable, str(folder / SCRIPT.name), *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd="/", env=environment(folder, hub, **more), stdout=pipe, stderr=pipe, text=True)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error; what must hold of every run is asserted here."""
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in out + err
+    assert SIGNATURE not in out + err
+    return process.returncode, out, err
+
+
+def run(folder: Path, hub: Hub | None, *arguments: str, **more: str) -> tuple[int, str, str]:
+    return end(start(folder, hub, *arguments, **more))
+
+
+def family(folder: Path) -> Path:
+    return folder / "pythia_1b_checkpoints"
+
+
+def steps_in(folder: Path) -> set[str]:
+    """What an analysis takes for checkpoints."""
+    return {path.name for path in family(folder).glob("*") if re.fullmatch(r"step\d+", path.name)}
+
+
+def state(out: str, step: int) -> str:
+    """The state of a step in the table at the end."""
+    return re.search(rf"(?m)^ +{step} +(?:\S+ GB|-)  (.+)$", out)[1]
+
+
+def assert_whole(
+    folder: Path, hub: Hub, *steps: int, weights: frozenset[str] = frozenset({"model.safetensors"})
+) -> None:
+    """The checkpoints, and none but them, are there, each with the hub's bytes and nothing else."""
+    assert steps_in(folder) == {f"step{step}" for step in steps}
+    for name in steps_in(folder):
+        found = {path.name: path.read_bytes() for path in (family(folder) / name).iterdir()}
+        record = json.loads(found.pop(".published.json"))
+        assert set(found) == FILES - {"model.safetensors"} | weights
+        assert found == {file: hub.revisions[name][file] for file in found}
+        assert (record["model"], record["revision"], record["commit"]) == (MODEL, name, hub.commit(name))
+    assert [path for path in (family(folder) / ".partial").rglob("*.incomplete")] == []
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 20) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def fragments(folder: Path) -> list[Path]:
+    """Weights that are being received, of which the library's first 10 MiB are on the disk."""
+    found = []
+    for path in family(folder).rglob("*.incomplete"):
+        with suppress(FileNotFoundError):  # received since
+            found += [path] * (path.stat().st_size > 10_000_000)
+    return found
+
+
+def test_clean_fetch(place, hub):
+    folder = place()
+    code, out, err = run(folder, hub)
+    assert code == 0 and err == ""
+    assert_whole(folder, hub, *STEPS)
+    assert [path.name for path in (family(folder) / ".partial").iterdir()] in ([], ["lock"])
+    assert {request.rsplit("/", 1)[1] for request in hub.seen("resolve|cdn")} == FILES
+    assert len(hub.seen("GET /cdn/")) == len(STEPS)
+    size = sum(len(hub.revisions["step0"][name]) for name in FILES)
+    assert f"3 to fetch: {3 * size / 1e9:.2f} GB, 0.00 GB of it here" in out
+    assert re.search(rf"(?m)^ +0 +{size / 1e9:.2f} GB  whole, fetched now$", out)
+
+
+def test_second_run_needs_no_network(place, hub):
+    folder = place()
+    assert run(folder, hub)[0] == 0
+    asked = len(hub.requests)
+    for gone, more in ((hub, {}), (None, {}), (None, {"HF_HUB_OFFLINE": "1"})):
+        code, out, err = run(folder, gone, **more)
+        assert (code, err) == (0, "") and state(out, 4) == "whole, was here"
+    assert len(hub.requests) == asked
+    shutil.rmtree(family(folder) / "step4")
+    code, _, err = run(folder, None, HF_HUB_OFFLINE="1")
+    assert (code, err) == (2, "error: offline mode is on: unset HF_HUB_OFFLINE; not whole yet: step4\n")
+    code, _, err = run(place(TRIES=2), None)
+    assert code == 2 and err.splitlines()[-1].startswith("error: the connection to http://127.0.0.1:9 failed")
+    assert err.endswith("not whole yet: step4\n") and len(err.splitlines()) == 2
+    assert_whole(folder, hub, 0, 2)
+    assert run(place(), hub)[0] == 0
+    assert len(hub.seen("GET /cdn/step4")) == 2 and len(hub.seen("GET /cdn/step0")) == 1
+
+
+def test_more_steps_later(place, hub):
+    assert run(place(STEPS=[4]), hub)[0] == 0
+    folder = place(STEPS=[4, 0])
+    code, out, _ = run(folder, hub)
+    assert (code, state(out, 0), state(out, 4)) == (0, "whole, fetched now", "whole, was here")
+    assert_whole(folder, hub, 0, 4)
+    assert len(hub.seen("/revision/step4")) == len(hub.seen("GET /cdn/step4")) == 1
+
+
+def test_connection_dropped_in_the_middle(place, hub):
+    hub.faults.append(Fault("GET /cdn/step2/", "drop", times=1))
+    folder = place()
+    code, out, err = run(folder, hub)
+    assert (code, state(out, 2)) == (0, "whole, fetched now")
+    assert "Trying to resume download" in err and len(err.splitlines()) == 1
+    assert len(hub.resumed) == 1 and hub.resumed[0] > 0  # only the rest was sent again
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_connection_reset_in_the_middle(place, hub):
+    hub.faults.append(Fault("GET /cdn/step2/", "reset", times=1))
+    folder = place()
+    code, _, err = run(folder, hub)
+    assert code == 0
+    assert re.fullmatch(r"warning: step2: the connection to .* failed \(ReadError.*; try 2 of 5 in 0.1 s\n", err)
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_busy_hub(place, hub):
+    """503 on a file, with and without Retry-After; 429 on a file; 429 and 503 on look-ups; no answer to a look-up."""
+    hub.faults += [
+        Fault("GET /cdn/step0/", "status", times=1, headers={"Retry-After": "1"}),
+        Fault("GET /cdn/step2/", "status", times=2),
+        Fault("GET /cdn/step4/", "status", times=1, code=429, headers={"Retry-After": "0"}),
+        Fault("/revision/step0", "status", times=1, code=429, headers={"RateLimit": '"api";r=0;t=1'}),
+        Fault("/revision/step2", "status", times=1, code=502),
+        Fault("/revision/step4", "late", times=1, seconds=3),
+    ]
+    folder = place(TIMEOUT=1)
+    code, _, err = run(folder, hub)
+    assert code == 0
+    for message in (
+        f"step0: {hub.url} answers 503 Service Unavailable; try 2 of 5 in 1 s",
+        f"step2: {hub.url} answers 503 Service Unavailable; try 2 of 5 in 0.1 s",
+        f"step2: {hub.url} answers 503 Service Unavailable; try 3 of 5 in 0.2 s",
+        f"step0: {hub.url} answers 429 Too Many Requests; try 2 of 5 in 1 s",
+        f"step2: {hub.url} answers 502 Bad Gateway; try 2 of 5 in 0.1 s",
+    ):
+        assert f"warning: {message}\n" in err
+    assert "Rate limited. Waiting 1.0s before retry" in err
+    assert re.search(r"warning: step4: the connection to .* failed \(ReadTimeout", err)
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_one_failed_revision_does_not_stop_the_others(place, hub):
+    hub.faults += [Fault("GET /cdn/step0/", "status"), Fault("/revision/step2", "status", code=500)]
+    folder = place(TRIES=2)
+    code, out, err = run(folder, hub)
+    assert code == 2
+    assert state(out, 0) == f"not whole: {hub.url} answers 503 Service Unavailable"
+    assert state(out, 2) == f"not looked up: {hub.url} answers 500 Internal Server Error"
+    assert state(out, 4) == "whole, fetched now"
+    assert err.endswith(f"error: 2 of 3 checkpoints are not whole in {family(folder)}: see the table, then run again\n")
+    assert_whole(folder, hub, 4)
+    hub.faults.clear()
+    assert run(folder, hub)[0] == 0
+    assert_whole(folder, hub, *STEPS)
+    assert len(hub.seen("GET .*/tokenizer.json")) == 3  # the file that was whole was kept
+
+
+def test_corrupted_body(place, hub):
+    hub.faults.append(Fault("GET /cdn/step2/", "corrupt", times=1))
+    hub.faults.append(Fault(f"GET .*{hub.commit('step4')}/config.json", "corrupt", times=1))
+    folder = place()
+    code, _, err = run(folder, hub)
+    assert code == 0
+    assert "warning: step2: model.safetensors does not match the published checksum and is fetched again\n" in err
+    assert "warning: step4: config.json does not match the published checksum and is fetched again\n" in err
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_body_corrupted_every_time(place, hub):
+    hub.faults.append(Fault("GET /cdn/step2/", "corrupt"))
+    folder = place()
+    code, out, _ = run(folder, hub)
+    assert code == 2
+    assert state(out, 2).startswith("not whole: checksum wrong twice") and state(out, 2).endswith(": model.safetensors")
+    assert len(hub.seen("GET /cdn/step2/")) == 2
+    assert_whole(folder, hub, 0, 4)
+    hub.faults.clear()
+    assert run(folder, hub)[0] == 0
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_truncated_files_left_over(place, hub):
+    """Cut after a whole fetch; left by another program, under the final name; left in the unfinished folder."""
+    folder = place()
+    assert run(folder, hub)[0] == 0
+    os.truncate(family(folder) / "step0" / "model.safetensors", 1000)
+    (family(folder) / "step2" / ".published.json").unlink()
+    os.truncate(family(folder) / "step2" / "model.safetensors", 1000)
+    (family(folder) / "step4").rename(family(folder) / ".partial" / "step4")
+    os.truncate(family(folder) / ".partial" / "step4" / "model.safetensors", 1000)
+    hub.requests.clear()
+    code, out, _ = run(folder, hub)
+    assert code == 0
+    small = sum(len(hub.revisions["step0"][name]) for name in FILES - {"model.safetensors"})
+    assert f"3 to fetch: {3 * (small + len(hub.revisions['step0']['model.safetensors'])) / 1e9:.2f} GB, " in out
+    assert f"{3 * small / 1e9:.2f} GB of it here" in out
+    assert len(hub.seen("GET /cdn/")) == 3
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_truncated_file_that_the_library_believes(place, hub):
+    """The library returns a file that its notes call whole without looking at it; the checksum does."""
+    hub.faults.append(Fault("GET /cdn/step0/", "corrupt"))
+    folder = place(STEPS=[0])
+    assert run(folder, hub)[0] == 2
+    weights = family(folder) / ".partial" / "step0" / "model.safetensors"
+    times = weights.stat()
+    os.truncate(weights, 1000)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    hub.faults.clear()
+    code, _, err = run(folder, hub)
+    assert code == 0
+    assert err == "warning: step0: model.safetensors does not match the published checksum and is fetched again\n"
+    assert_whole(folder, hub, 0)
+
+
+def test_whole_checkpoint_of_another_program_is_taken_over(place, hub):
+    folder = place(STEPS=[0])
+    (family(folder) / "step0").mkdir(parents=True)
+    for name in FILES:
+        (family(folder) / "step0" / name).write_bytes(hub.revisions["step0"][name])
+    assert run(folder, hub)[0] == 0
+    assert hub.seen("GET /cdn/") == []
+    assert_whole(folder, hub, 0)
+
+
+def test_another_models_checkpoint_is_left_alone(place, hub):
+    folder = place(STEPS=[0, 2])
+    (family(folder) / "step0").mkdir(parents=True)
+    (family(folder) / "step0" / "config.json").write_text("{}")
+    code, out, _ = run(folder, hub)
+    assert code == 2 and "config.json" in state(out, 0) and state(out, 2) == "whole, fetched now"
+    assert [path.name for path in (family(folder) / "step0").iterdir()] == ["config.json"]
+    code, _, err = run(place(MODEL_ID="lab/other", STEPS=[2]), hub)
+    there = family(folder) / "step2"
+    assert (code, err) == (
+        2,
+        f"error: {there} is a checkpoint of {MODEL}, not of lab/other: set another CHECKPOINTS_DIR\n",
+    )
+
+
+def test_missing_revisions_are_listed_at_once_before_the_first_byte(place, hub):
+    del hub.revisions["step2"]["model.safetensors"]
+    del hub.revisions["step4"]["tokenizer.json"]
+    folder = place(STEPS=[0, 2, 4, 7])
+    code, out, err = run(folder, hub)
+    assert code == 2
+    assert err.splitlines()[0] == (
+        f"warning: not to be had from {MODEL}: step2 (not usable: carries no weights), "
+        "step4 (not usable: carries no tokenizer.json), step7 (not published)"
+    )
+    assert state(out, 7) == "not published"
+    first = next(i for i, request in enumerate(hub.requests) if "/resolve/" in request)
+    assert len([request for request in hub.requests[:first] if "/revision/" in request]) == 4
+    assert_whole(folder, hub, 0)
+
+
+def as_bin(safetensors: bytes) -> dict[str, bytes]:
+    """The weights as pytorch_model.bin."""
+    file = io.BytesIO()
+    torch.save(load(safetensors), file)
+    return {"pytorch_model.bin": file.getvalue()}
+
+
+def as_shards(safetensors: bytes) -> dict[str, bytes]:
+    """The weights in two files of safetensors, with their index."""
+    tensors = load(safetensors)
+    shards, index = {}, {}
+    for i in range(2):
+        name = f"model-{i + 1:05}-of-00002.safetensors"
+        part = sorted(tensors)[i::2]
+        shards[name] = save({key: tensors[key] for key in part}, {"format": "pt"})
+        index |= dict.fromkeys(part, name)
+    return shards | {"model.safetensors.index.json": json.dumps({"metadata": {}, "weight_map": index}).encode()}
+
+
+def test_without_safetensors(place, hub):
+    for files in hub.revisions.values():
+        files |= as_bin(files.pop("model.safetensors"))
+    folder = place()
+    assert run(folder, hub)[0] == 0
+    assert_whole(folder, hub, *STEPS, weights=frozenset({"pytorch_model.bin"}))
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "a shard", "the index"])
+def test_shards(place, hub, lacks):
+    """Shards of safetensors are taken before a .bin, but not if one of them is missing."""
+    for files in hub.revisions.values():
+        weights = files.pop("model.safetensors")
+        files |= as_bin(weights) | as_shards(weights)
+        shards = as_shards(weights).keys()
+        files.pop(
+            {"a shard": "model-00002-of-00002.safetensors", "the index": "model.safetensors.index.json"}.get(lacks), 0
+        )
+    folder = place()
+    assert run(folder, hub)[0] == 0
+    assert_whole(folder, hub, *STEPS, weights=frozenset(shards if lacks == "nothing" else {"pytorch_model.bin"}))
+
+
+def analysed_steps(folder: Path) -> set[int]:
+    """Runs the analysis on what is there, with few words, and returns the steps in its results."""
+    text = ANALYSIS.read_text(encoding="utf-8")
+    for setting in ("WORDS_PER_GROUP = 20", "BOOTSTRAP_RESAMPLES = 20"):
+        text, count = re.subn(rf"(?m)^{setting.split()[0]} = .*$", setting, text)
+        assert count == 1, setting
+    (folder / ANALYSIS.name).write_text(text, encoding="utf-8")
+    shutil.copy(ANALYSIS.with_name("words_list.json"), folder)
+    command = [sys.executable, str(folder / ANALYSIS.name), str(family(folder))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    with (folder / "convergance_plots" / family(folder).name / "convergence.csv").open(encoding="utf-8") as file:
+        return {int(row["step"]) for row in csv.DictReader(file)}
+
+
+def test_the_analysis_runs_on_what_was_fetched(place, hub):
+    """While a checkpoint is still on its way, and then on all, with weights of each kind that is published."""
+    hub.revisions["step0"] |= as_bin(hub.revisions["step0"].pop("model.safetensors"))
+    hub.revisions["step2"] |= as_shards(hub.revisions["step2"].pop("model.safetensors"))
+    hub.faults.append(Fault("GET /cdn/step4/", "slow", seconds=60))
+    folder = place()
+    process = start(folder, hub)
+    wait_for(lambda: steps_in(folder) == {"step0", "step2"} and fragments(folder))
+    assert analysed_steps(folder) == {0, 2}
+    process.kill()
+    end(process)
+    hub.faults.clear()
+    assert run(folder, hub)[0] == 0
+    assert analysed_steps(folder) == {0, 2, 4}
+
+
+def test_identical_revisions(place, hub):
+    hub.revisions["step2"] = dict(hub.revisions["step0"])
+    folder = place()
+    for _ in ("by the hub's hashes", "by the records on the disk"):
+        code, _, err = run(folder, hub)
+        assert code == 0
+        assert err.startswith("warning: step0, step2 carry byte-identical weights:") and len(err.splitlines()) == 1
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_killed_in_the_middle(place, hub):
+    hub.faults.append(Fault("GET /cdn/step4/", "slow", seconds=30))
+    folder = place()
+    process = start(folder, hub)
+    wait_for(lambda: steps_in(folder) == {"step0", "step2"} and fragments(folder))
+    process.kill()
+    assert end(process)[0] == -signal.SIGKILL
+    assert_nothing_half(folder)
+    assert len(fragments(folder)) == 1
+    hub.faults.clear()
+    code, out, err = run(folder, hub)
+    assert (code, err) == (0, "")
+    assert (state(out, 0), state(out, 4)) == ("whole, was here", "whole, fetched now")
+    assert_whole(folder, hub, *STEPS)
+    assert len(hub.seen("GET /cdn/step0/")) == len(hub.seen("GET /cdn/step2/")) == 1
+    assert len(hub.seen("GET .*/tokenizer.json")) == 3
+
+
+def assert_nothing_half(folder: Path) -> None:
+    for name in steps_in(folder):
+        assert {path.name for path in (family(folder) / name).iterdir()} == FILES | {".published.json"}
+
+
+def test_two_runs_at_once(place, hub):
+    hub.faults.append(Fault("GET /cdn/", "slow", seconds=2))
+    folder = place()
+    first = start(folder, hub)
+    wait_for(lambda: fragments(folder))
+    second = start(folder, hub)
+    (code1, out1, err1), (code2, out2, err2) = end(first), end(second)
+    assert (code1, err1, code2, err2) == (0, "", 0, "")
+    assert state(out1, 4) == "whole, fetched now" and state(out2, 4) == "whole, was here"
+    assert f"another run fetches into {family(folder)}: waiting for its end\n" in out2
+    assert len(hub.seen("GET /cdn/")) == len(STEPS)
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_interrupted_with_several_downloads_running(place, hub):
+    hub.faults.append(Fault("GET /cdn/", "slow", seconds=30))
+    folder = place(DOWNLOADS_AT_ONCE=3)
+    process = start(folder, hub)
+    wait_for(lambda: len(fragments(folder)) == 3)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    code, _, err = end(process)
+    assert (code, err.strip()) == (130, "interrupted: whole files are kept, run again to go on")
+    assert time.monotonic() - begun < 5
+    assert steps_in(folder) == set() and list(family(folder).rglob("*.incomplete")) == []
+    hub.faults.clear()
+    assert run(folder, hub)[0] == 0
+    assert_whole(folder, hub, *STEPS)
+    assert len(hub.seen("GET .*/tokenizer.json")) == 3
+
+
+def test_too_little_disk_is_told_before_the_first_byte(place, hub):
+    hub.claimed["model.safetensors"] = 10**18
+    folder = place()
+    code, _, err = run(folder, hub)
+    assert code == 2
+    assert re.fullmatch(
+        r"error: 30+\.\d\d GB to fetch, \d+\.\d\d GB free in .*: make room or choose fewer STEPS\n", err
+    )
+    assert hub.seen("/resolve/|/cdn/") == [] and steps_in(folder) == set()
+
+
+def test_disk_full_in_the_middle(place, hub):
+    """A limit on the size of a file stands for the full disk; a checkpoint below it is fetched all the same."""
+    hub.revisions["step2"]["model.safetensors"] = b"small"
+    folder = place()
+    limit = 8_000_000
+    assert len(hub.revisions["step0"]["model.safetensors"]) > limit > len(hub.revisions["step0"]["tokenizer.json"])
+    command = [sys.executable, str(folder / SCRIPT.name)]
+    process = subprocess.Popen(
+        command,
+        env=environment(folder, hub),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    code, out, err = end(process)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert state(out, 0) == "not whole: the disk is full (File too large): make room and run again"
+    assert state(out, 2) == "whole, fetched now"
+    assert len(hub.seen("GET /cdn/step0/")) == 1  # another try would not help
+    assert_whole(folder, hub, 2)
+    assert run(folder, hub)[0] == 0
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_unknown_model(place, hub):
+    folder = place(MODEL_ID="lab/nothing")
+    code, _, err = run(folder, hub)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith(f"error: {hub.url} has no model lab/nothing: check MODEL_ID")
+    assert not family(folder).exists()
+
+
+def test_gated_model(place, hub):
+    hub.token = "hf_notasecretbutatest"
+    folder = place()
+    code, _, err = run(folder, hub)
+    assert code == 2 and len(err.splitlines()) == 1
+    assert err.startswith(f"error: {MODEL} is gated: accept its terms on {hub.url}/{MODEL}, then run `hf auth login`")
+    assert not family(folder).exists() and len(hub.seen("/resolve/")) == 1
+    code, out, err = run(folder, hub, HF_TOKEN=hub.token, HF_HUB_VERBOSITY="info")
+    assert code == 0 and hub.token not in out + err
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_proxy(place, hub):
+    folder = place()
+    assert run(folder, hub, HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=hub.url)[0] == 0
+    assert hub.proxied == len(hub.requests) > 0
+    code, _, err = run(place(STEPS=[7], TRIES=1), hub, HF_ENDPOINT="http://me:geheim@127.0.0.1:9")
+    assert code == 2 and "geheim" not in err
+    assert_whole(folder, hub, *STEPS)
+
+
+def test_progress_bars_name_the_step(place, hub):
+    folder = place()
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    command = [sys.executable, str(folder / SCRIPT.name)]
+    process = subprocess.Popen(command, env=environment(folder, hub), stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while chunk := read_terminal(ours):
+        shown += chunk
+    assert process.wait(timeout=20) == 0
+    assert b"step4 model.safetensors: 100%" in shown and SIGNATURE.encode() not in shown
+
+
+def read_terminal(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 4096)
+    except OSError:  # on Linux, the end
+        return b""
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("MODEL_ID", ""),
+        ("MODEL_ID", "a b/ü"),
+        ("MODEL_ID", None),
+        ("STEPS", []),
+        ("STEPS", [-1]),
+        ("STEPS", ["a"]),
+        ("STEPS", [4, 4]),
+        ("STEPS", 4),
+        ("CHECKPOINTS_DIR", ""),
+        ("CHECKPOINTS_DIR", f"{SCRIPT.name}"),
+        ("CHECKPOINTS_DIR", f"{SCRIPT.name}/below"),
+        ("DOWNLOADS_AT_ONCE", 0),
+        ("DOWNLOADS_AT_ONCE", "x"),
+        ("TRIES", 0),
+        ("PAUSE", -1),
+        ("TIMEOUT", None),
+    ],
+)
+def test_settings_that_make_no_sense(place, hub, setting, value):
+    folder = place(**{setting: value})
+    code, _, err = run(folder, hub)
+    assert code == 2 and len(err.splitlines()) == 1 and setting in err and err.startswith("error: ")
+    assert hub.seen("/cdn/") == [] and not family(folder).exists()
+
+
+def test_arguments(place, hub):
+    folder = place()
+    code, out, err = run(folder, hub, "--help")
+    assert (code, err) == (0, "") and "python download_checkpoints.py" in out
+    for argument in ("--steps", "--he", "0"):
+        code, out, err = run(folder, hub, argument)
+        assert (code, out) == (2, "") and err == f"error: unrecognized arguments: {argument}\n"
+    assert hub.requests == []
