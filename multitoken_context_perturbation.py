@@ -29,7 +29,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -180,19 +180,30 @@ def read_json(file: Path, expected: str) -> dict:
     return content
 
 
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Puts the name of a file in front of whatever error its reader raises."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{file.name}: {first_line(error)}") from error
+
+
 def read_config(folder: Path) -> GPTNeoXConfig:
-    """The configuration of a checkpoint. Raises OSError or ValueError if it is none of a GPT-NeoX model."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if model_type != "gpt_neox":
-        raise ValueError(f"its architecture is {model_type}, expected gpt_neox")
-    return GPTNeoXConfig.from_pretrained(folder)
+    """The configuration of a checkpoint. Raises ValueError if it is not one of a GPT-NeoX model."""
+    with naming(folder / "config.json"):
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        if model_type != "gpt_neox":
+            raise ValueError(f"the architecture is {model_type}, expected gpt_neox")
+        return GPTNeoXConfig.from_pretrained(folder)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, which neither pads nor cuts. Raises an exception if it cannot be used."""
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if PREPEND_BOS and tokenizer.token_to_id(BOS) is None:
-        raise ValueError(f"its tokenizer has no {BOS}; set PREPEND_BOS = False")
+    """The tokenizer of a checkpoint, which neither pads nor cuts. Raises ValueError if it cannot be used."""
+    with naming(folder / "tokenizer.json"):
+        tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
+        if PREPEND_BOS and tokenizer.token_to_id(BOS) is None:
+            raise ValueError(f"there is no token {BOS}; set PREPEND_BOS = False")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -225,10 +236,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     weights = {}
     for file in weight_files(folder):
-        if file.suffix == ".safetensors":
-            weights |= load_file(file)
-        else:
-            weights |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        with naming(file):
+            if file.suffix == ".safetensors":
+                weights |= load_file(file)
+            else:
+                weights |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     return {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
 
 
@@ -429,31 +441,32 @@ def load_weights(model: GPTNeoXModel, folder: Path) -> None:
 
 
 def unit_states(
-    model: GPTNeoXModel, step: int, folders: list[Path], trees: list[dict[str, torch.Tensor]], texts: list[str]
+    model: GPTNeoXModel, folders: list[Path], trees: list[dict[str, torch.Tensor]], texts: list[str], progress: tqdm
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yields the hidden states of the checkpoint in folders[0] at the last token of each text, scaled to unit length.
 
     Tree by tree: the rows of its texts, and their states, float32 (texts of the tree, layers + 1, width).
     Meanwhile the weights in the other folders, those that are needed next, are read from disk.
     """
+    progress.set_description(folders[0].name)
     load_weights(model, folders[0])
     Thread(target=read_ahead, args=[folders[1:]], daemon=True).start()
     stop = 0
-    for tree in tqdm(trees, desc=f"step {step}", unit="batch", position=1, leave=False, disable=RANK > 0):
+    for tree in trees:
         inputs = {name: tensor for name, tensor in tree.items() if name != "last"}
         with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
             layers = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-        states = torch.stack([layer[0, tree["last"]] for layer in layers], dim=1).float()
+        states = torch.stack([layer[0, tree["last"]] for layer in layers]).float()
         lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         wrong = ~(lengths.isfinite() & (lengths > 0))
         if wrong.any():
-            row, layer, _ = wrong.nonzero()[0].tolist()
-            fail(
-                f"step {step}, layer {layer}: the hidden state of {texts[stop + row][-60:]!r} is not finite, or zero; "
-                f'fetch {folders[0]} again, or set DTYPE = "float32"'
-            )
-        start, stop = stop, stop + len(states)
-        yield slice(start, stop), states / lengths
+            layer, row, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
+            progress.close()
+            what = f"{folders[0].name}, layer {layer}: the hidden state of {texts[stop + row][-60:]!r} is not finite, or zero"
+            fail(f'{what}; fetch {folders[0]} again, or set DTYPE = "float32"')
+        start, stop = stop, stop + len(tree["last"])
+        yield slice(start, stop), (states / lengths).transpose(0, 1)
+        progress.update()
 
 
 def state_store(shape: tuple[int, int, int], folder: Path, device: torch.device) -> torch.Tensor:
@@ -489,20 +502,22 @@ def measure(
     model = build_model(checkpoints[passes[0]], device)
     layers, width = model.config.num_hidden_layers + 1, model.config.hidden_size
     states = state_store((len(texts), layers, width), kept, device)
-    for index, step in enumerate(tqdm(passes, desc="checkpoints", unit="checkpoint", position=0, disable=RANK > 0)):
-        folders = [checkpoints[step] for step in passes[index : index + 2]]
-        for rows, tree_states in unit_states(model, step, folders, trees, texts):
-            states[rows] = tree_states
-        base_sum = sum(states[base] for (base,), _, _ in words)
-        P1, P2, unrelated = (torch.full((len(words), layers), torch.nan) for _ in range(3))
-        for word, ((base,), contexts, perturbed) in enumerate(words):
-            if contexts:
-                P1[word] = (states[contexts] * states[base]).sum(-1).mean(0)
-            if perturbed:
-                P2[word] = (states[perturbed] * states[base]).sum(-1).mean(0)
-            if len(words) > 1:
-                unrelated[word] = ((base_sum - states[base]) * states[base]).sum(-1) / (len(words) - 1)
-        write_arrays(kept / f"step{step}.npz", key=missing[step], P1=P1.T, P2=P2.T, unrelated=unrelated.T)
+
+    with tqdm(total=len(passes) * len(trees), unit="batch", disable=RANK > 0) as progress:
+        for index, step in enumerate(passes):
+            folders = [checkpoints[step] for step in passes[index : index + 2]]
+            for rows, tree_states in unit_states(model, folders, trees, texts, progress):
+                states[rows] = tree_states
+            base_sum = sum(states[base] for (base,), _, _ in words)
+            P1, P2, unrelated = (torch.full((len(words), layers), torch.nan) for _ in range(3))
+            for word, ((base,), contexts, perturbed) in enumerate(words):
+                if contexts:
+                    P1[word] = (states[contexts] * states[base]).sum(-1).mean(0)
+                if perturbed:
+                    P2[word] = (states[perturbed] * states[base]).sum(-1).mean(0)
+                if len(words) > 1:
+                    unrelated[word] = ((base_sum - states[base]) * states[base]).sum(-1) / (len(words) - 1)
+            write_arrays(kept / f"step{step}.npz", key=missing[step], P1=P1.T, P2=P2.T, unrelated=unrelated.T)
 
 
 def fingerprint(folder: Path) -> list:
@@ -754,10 +769,20 @@ if __name__ == "__main__":
     try:
         with torch.inference_mode():
             main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, and the next run goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
-        fail(f"{first_line(error)} Lower BATCH_TOKENS; what was measured is kept")
+        print(
+            f"error: {first_line(error)} Lower BATCH_TOKENS; what was measured is kept",
+            file=sys.stderr,
+        )
+        raise SystemExit(2) from None
     except OSError as error:
-        fail(f"{error}; what was measured is kept, run again when there is room to write")
+        print(f"error: {error}; what was measured is kept, run again when it can be written", file=sys.stderr)
+        raise SystemExit(2) from None

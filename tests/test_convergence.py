@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -81,9 +82,12 @@ def place(folder: Path, words: object = None, **settings: object) -> Path:
 
 
 def start(folder: Path, *arguments: object) -> subprocess.Popen:
-    """Starts the script from another directory than its own."""
+    """Starts the script from another directory than its own, with one thread, since two may run at a time."""
     command = [sys.executable, str(folder / SCRIPT.name), *map(str, arguments)]
-    return subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run(folder: Path, *arguments: object) -> Run:
@@ -132,6 +136,7 @@ def token_ids(word: str, prepend_bos: bool = True, leading_space: bool = True) -
 
 def naive_states(folder: Path, sequences: list[list[int]]) -> np.ndarray:
     """The hidden states at the last token, one sequence at a time: float64 (layers + 1, sequences, width)."""
+    torch.set_num_threads(1)
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         outputs = [model(torch.tensor([sequence]), output_hidden_states=True).hidden_states for sequence in sequences]
@@ -521,17 +526,15 @@ def test_changed_type_is_measured_again(main_run: Run, miniature: Path, tmp_path
 # ------------------------------------------------------------------------------ what goes wrong
 
 
-def swap(text: str, left: str, right: str) -> str:
-    return text.replace(left, "\0").replace(right, left).replace("\0", right)
-
-
 def break_checkpoints(miniature: Path, folder: Path) -> list[tuple[str, list[str]]]:
     """A family in which only the final checkpoint is whole. Returns what is said of each of the others."""
     family = link(miniature, folder, {**dict.fromkeys(range(14), 16), 32: 32})
     step = [family / f"step{index}" for index in range(14)]
     weights = load_file(step[0] / "model.safetensors")
     content = (step[0] / "model.safetensors").read_bytes()
-    tokenizer = (step[0] / "tokenizer.json").read_text(encoding="utf-8")
+    tokenizer = json.loads((step[0] / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["Ġman"], vocabulary["Ġwoman"] = vocabulary["Ġwoman"], vocabulary["Ġman"]
     matrix = "gpt_neox.layers.3.mlp.dense_4h_to_h.weight"
 
     (step[0] / "config.json").unlink()
@@ -545,7 +548,7 @@ def break_checkpoints(miniature: Path, folder: Path) -> list[tuple[str, list[str
     write(step[6] / "model.safetensors", weights | {matrix: weights[matrix].T.contiguous()})
     edit_config(step[7], hidden_size=32)
     edit_config(step[8], model_type="gpt2")
-    write(step[9] / "tokenizer.json", swap(tokenizer, '"Ġwoman"', '"Ġman"').encode())
+    write(step[9] / "tokenizer.json", json.dumps(tokenizer).encode())
     (step[10] / "model.safetensors").unlink()
     index = {"weight_map": {name: "model-00001-of-00001.safetensors" for name in weights}}
     write(step[10] / "model.safetensors.index.json", json.dumps(index).encode())
@@ -588,8 +591,8 @@ ERRORS = {  # name: (arguments, words, settings, what the line says)
     ),
     "no group is large enough": (["whole"], EASY, {"GROUPS": (2, 3)}, ["words_list.json", "MIN_GROUP_SIZE = 10"]),
     "too long words": (
-        *(["whole"], {"q-" * 150: 1, "q-" * 149 + "qq": 1}, {"GROUPS": (299, 300), "MIN_GROUP_SIZE": 2}),
-        ["q-q-q", "301 tokens", "256 positions"],
+        *(["whole"], {"q-" * 150: 1, "q-" * 149 + "r-": 1}, {"GROUPS": (300,), "MIN_GROUP_SIZE": 2}),
+        ["300 tokens", "256 positions"],
     ),
     "no groups": (["whole"], EASY, {"GROUPS": ()}, ["GROUPS = ()", "expected"]),
     "negative batch": (["whole"], EASY, {"BATCH_TOKENS": -1}, ["BATCH_TOKENS = -1", "at least 1"]),
