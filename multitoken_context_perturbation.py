@@ -42,7 +42,6 @@ import torch.distributed
 import transformers
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -462,8 +461,10 @@ def unit_states(
         if wrong.any():
             layer, row, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
             progress.close()
-            what = f"{folders[0].name}, layer {layer}: the hidden state of {texts[stop + row][-60:]!r} is not finite, or zero"
-            fail(f'{what}; fetch {folders[0]} again, or set DTYPE = "float32"')
+            where, text = f"{folders[0].name}, layer {layer}", repr(texts[stop + row][-60:])
+            fail(
+                f'{where}: hidden state of {text} not finite, or zero; fetch {folders[0]} again, or set DTYPE = "float32"'
+            )
         start, stop = stop, stop + len(tree["last"])
         yield slice(start, stop), (states / lengths).transpose(0, 1)
         progress.update()
@@ -628,7 +629,7 @@ def draw_profiles(file: Path, title: str, steps: list[int], curve: dict[str, np.
     rows = -(-len(steps) // columns)
     width, height = 1.5 + 2.2 * columns, 1.7 + 1.9 * rows
     figure = Figure(figsize=(width, height), dpi=100)
-    margins = {"left": 0.8 / width, "right": 1 - 0.2 / width, "bottom": 1.0 / height, "top": 1 - 0.75 / height}
+    margins = {"left": 0.8 / width, "right": 1 - 0.2 / width, "bottom": 1.0 / height, "top": 1 - 0.65 / height}
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=margins)
     for axes, index in zip(panels.flat, range(len(steps)), strict=False):
         for name, style in STYLES.items():
@@ -640,7 +641,7 @@ def draw_profiles(file: Path, title: str, steps: list[int], curve: dict[str, np.
         axes.grid(alpha=0.3)
     for axes in panels.flat[len(steps) :]:
         axes.set_axis_off()
-    panels[0, 0].xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    panels[0, 0].set_xticks(range(0, layers + 1, layers // 5 + 1))
     figure.supxlabel(layer_range(layers), y=0.5 / height, fontsize="medium")
     figure.supylabel("cosine similarity to the base sentence's last token", x=0.1 / width, fontsize="medium")
     figure.suptitle(title, y=1 - 0.1 / height, parse_math=False)
@@ -665,9 +666,9 @@ def draw_overview(file: Path, family: str, steps: list[int], curve: dict) -> Non
         figure.colorbar(image, ax=axes)
     labelled = range(len(steps) - 1, -1, -(len(steps) // 9 + 1))
     panels[0].set_xticks(labelled, [step_label(steps[index]) for index in labelled])
-    panels[0].yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.supxlabel("training step")
-    figure.supylabel(layer_range(layers))
+    panels[0].set_yticks(range(0, layers + 1, layers // 10 + 1))
+    figure.supxlabel("training step", fontsize="medium")
+    figure.supylabel(layer_range(layers), fontsize="medium")
     figure.suptitle(f"{family}: cosine similarity to the base, mean over {curve['words']} words", parse_math=False)
     figure.savefig(file)
 

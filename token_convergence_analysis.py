@@ -47,7 +47,6 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -455,8 +454,10 @@ def unit_states(
         if wrong.any():
             layer, row, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
             progress.close()
-            what = f"{folders[0].name}, layer {layer}: the hidden state of {texts[stop + row][-60:]!r} is not finite, or zero"
-            fail(f'{what}; fetch {folders[0]} again, or set DTYPE = "float32"')
+            where, text = f"{folders[0].name}, layer {layer}", repr(texts[stop + row][-60:])
+            fail(
+                f'{where}: hidden state of {text} not finite, or zero; fetch {folders[0]} again, or set DTYPE = "float32"'
+            )
         start, stop = stop, stop + len(tree["last"])
         yield slice(start, stop), (states / lengths).transpose(0, 1)
         progress.update()
@@ -699,9 +700,9 @@ def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, d
         axes.set_axis_off()
     labelled = range(len(steps) - 1, -1, -(len(steps) // 13 + 1))
     panels[0, 0].set_xticks(labelled, [step_label(steps[index]) for index in labelled])
-    panels[0, 0].yaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.supxlabel("training step")
-    figure.supylabel(layer_range(len(heat) - 1))
+    panels[0, 0].set_yticks(range(0, len(heat), len(heat) // 10 + 1))
+    figure.supxlabel("training step", fontsize="medium")
+    figure.supylabel(layer_range(len(heat) - 1), fontsize="medium")
     figure.colorbar(image, ax=panels, label="cosine similarity to the final checkpoint")
     figure.suptitle(f"{family}: similarity to step {steps[-1]}, by number of tokens", parse_math=False)
     figure.savefig(file)

@@ -93,7 +93,7 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen:
 def run(folder: Path, *arguments: object) -> Run:
     process = start(folder, *arguments)
     out, err = process.communicate(timeout=300)
-    assert "Traceback" not in out + err
+    assert "Traceback" not in out + err, err
     family = Path(str(arguments[0])).name if arguments else ""
     return Run(process.returncode, out, err, folder / "convergance_plots" / family)
 
