@@ -463,7 +463,7 @@ def unit_states(
             progress.close()
             where, text = f"{folders[0].name}, layer {layer}", repr(texts[stop + row][-60:])
             fail(
-                f'{where}: hidden state of {text} not finite, or zero; fetch {folders[0]} again, or set DTYPE = "float32"'
+                f'{where}: hidden state of {text} not finite or zero; fetch {folders[0]} again, or set DTYPE = "float32"'
             )
         start, stop = stop, stop + len(tree["last"])
         yield slice(start, stop), (states / lengths).transpose(0, 1)
