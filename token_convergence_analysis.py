@@ -454,10 +454,9 @@ def unit_states(
         if wrong.any():
             layer, row, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
             progress.close()
-            where, text = f"{folders[0].name}, layer {layer}", repr(texts[stop + row][-60:])
-            fail(
-                f'{where}: hidden state of {text} not finite or zero; fetch {folders[0]} again, or set DTYPE = "float32"'
-            )
+            where, text = f"{folders[0].name}, layer {layer}", texts[stop + row][-60:]
+            remedy = f'fetch {folders[0]} again, or set DTYPE = "float32"'
+            fail(f"{where}: the hidden state of {text!r} is not finite, or zero; {remedy}")
         start, stop = stop, stop + len(tree["last"])
         yield slice(start, stop), (states / lengths).transpose(0, 1)
         progress.update()
@@ -730,6 +729,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("family", nargs="?", default=CHECKPOINTS_DIR, help="folder of checkpoints [%(default)s]")
+    parser.error = fail
     arguments = parser.parse_args()
     check_settings()
     device = choose_device()
