@@ -678,11 +678,12 @@ def draw_figures(
     """Draws all figures, and removes those of an earlier run with other words."""
     family = printable(results.name)
     by_word = {word: (size, table) for (word, size), table in tables.items()}
-    words = WORDS_TO_PLOT
+    words = list(dict.fromkeys(WORDS_TO_PLOT)) if isinstance(WORDS_TO_PLOT, list) else list(by_word)
     if isinstance(WORDS_TO_PLOT, int):
-        words = np.random.default_rng(SEED).permutation(list(by_word))[:WORDS_TO_PLOT].tolist()
+        words = np.random.default_rng(SEED).permutation(words)[:WORDS_TO_PLOT].tolist()
     if unknown := [word for word in words if word not in by_word]:
-        warn(f"WORDS_TO_PLOT: not measured, so not drawn: {', '.join(unknown)}")
+        warn(f"words of WORDS_TO_PLOT that are not measured have no figure: {', '.join(unknown)}")
+        words = [word for word in words if word in by_word]
     (results / "words").mkdir(exist_ok=True)
     for file in [*results.glob("mean_*.png"), *results.glob("words/*_tokens_*.png")]:
         file.unlink()
@@ -693,7 +694,7 @@ def draw_figures(
             title = f"{family}: mean over {known}" + f" of {tokens_name(size)}" * (size != "all")
             draw_profiles(results / f"mean_{name}.png", title + ", with 95 % intervals", steps, curve)
             progress.update()
-        for word in dict.fromkeys(words):
+        for word in words:
             size, table = by_word[word]
             shown = printable(word if len(word) <= 60 else f"{word[:60]}…")
             title = f"{family}: {shown} ({tokens_name(size)})"

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -102,9 +103,10 @@ def place(folder: Path, contexts: object = DOZEN, **settings: object) -> Path:
 
 
 def start(folder: Path, *arguments: object, launcher: Iterable[str] = ()) -> subprocess.Popen:
-    """Starts the script from another directory than its own."""
+    """Starts the script from another directory than its own, with the threads that torchrun gives a rank."""
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(folder / SCRIPT.name), *map(str, arguments)]
-    return subprocess.Popen(command, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd="/", env=threads, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def run(folder: Path, *arguments: object, launcher: Iterable[str] = ()) -> Run:
@@ -138,6 +140,7 @@ def naive_states(folder: Path, texts: set[str], prepend_bos: bool) -> dict[str, 
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     start = [gpt_neox_tokenizer().token_to_id("<|endoftext|>")] if prepend_bos else []
     states = {}
+    torch.set_num_threads(1)  # as many as the scripts have
     with torch.inference_mode():
         for text in texts:
             layers = model(torch.tensor([start + token_ids(text)]), output_hidden_states=True).hidden_states
@@ -250,7 +253,7 @@ def test_run_says_what_it_does(main_run: Run, miniature: Path) -> None:
     }
     assert re.fullmatch(r"(cpu|cuda:0|mps:0), float32", lines["device"])
     assert "warning" not in main_run.err.lower() and "error" not in main_run.err.lower()
-    assert "checkpoints: 100%" in main_run.err and "figures: 100%" in main_run.err
+    assert re.search(r"step ?\d+: .*batch/s", main_run.err) and "figures: 100%" in main_run.err
 
 
 def test_files(main_run: Run) -> None:
@@ -283,7 +286,7 @@ def test_token_embeddings_are_the_same(main_run: Run) -> None:
     for step in STEPS:
         arrays = main_run.arrays(step)
         assert np.abs(np.stack([arrays["P1"][0], arrays["P2"][0]]) - 1).max() < 1e-6
-        assert all((arrays[name][1:] < 1 - 1e-4).all() for name in ("P1", "P2"))
+        assert all((arrays[name][1:] < 1 - 1e-6).all() for name in ("P1", "P2"))
     at_zero = [row for (*_, layer), row in main_run.rows().items() if layer == 0]
     assert all(abs(row[name] - 1) <= 1e-6 for row in at_zero for name in ("P1", "P2"))
     assert all(row["unrelated"] < 0.9 for row in at_zero)
@@ -308,12 +311,12 @@ def test_interval_is_a_bootstrap_over_words(main_run: Run) -> None:
     assert np.mean(ratios) == pytest.approx(1, abs=0.04)
 
 
-def test_only_the_word_counts_at_first_and_contexts_later(main_run: Run) -> None:
-    """In the trained model the base is nearer to itself with another word than to the bases of other words."""
-    means = main_run.means()
-    for layer in range(1, LAYERS):
-        row = means["all", len(WORDS), STEPS[-1], layer]
-        assert row["P1"] > row["unrelated"] + 0.01 and row["P2"] > row["unrelated"] + 0.01
+def test_curves_look_like_composition(main_run: Run) -> None:
+    """A variant that shares more than the last token is nearer to the base than the bases of other words."""
+    for (tokens, _, _, layer), row in main_run.means().items():
+        assert row["P1"] > row["unrelated"] and row["P2"] > row["unrelated"]
+        if tokens == "all" and layer > 0:
+            assert row["P2"] > row["P1"]  # in a young model the shared words count more than the word measured
 
 
 @pytest.fixture(scope="module")
@@ -420,8 +423,9 @@ def test_what_is_missing_is_empty(study: Run) -> None:
         assert np.isnan(row["P1"]) == (word == "mittens"), word
         assert np.isnan(row["P2"]) == (word not in ("ledge", "mittens", "a/b")), word
         assert not np.isnan(row["unrelated"]), word
+    perturbed = {"2", "3", "all"}  # numbers of tokens of ledge, mittens and a/b
     for (tokens, *_), row in study.means().items():
-        without = tokens in ("1", "4")  # no word of so many tokens has perturbed versions
+        without = tokens not in perturbed
         assert all(np.isnan(row[name]) == without for name in MEANS if name.startswith("P2")), tokens
         assert not any(np.isnan(row[name]) for name in MEANS if not name.startswith("P2")), tokens
 
@@ -440,7 +444,7 @@ def test_what_is_left_out_is_counted_and_named_once(study: Run) -> None:
 
 def test_each_word_has_a_safe_distinct_file_name(study: Run) -> None:
     sizes = {len(token_ids(" " + word)) for word in STUDY}
-    assert_figures(study.results, sizes - {1}, words=len(STUDY)) if 1 not in sizes else None
+    assert_figures(study.results, sizes, words=len(STUDY))
     names = [file.name for file in (study.results / "words").iterdir()]
     assert len(names) == len(STUDY)
     for name in names:
@@ -543,7 +547,7 @@ def test_changed_sentence_is_measured_again(main_run: Run, short: Path, tmp_path
 # ------------------------------------------------------------------------------ what goes wrong
 
 TWO = ["It was a ledge", "This is a ledge"]
-LONGEST = "ledge and " * 63 + " on a ledge"  # 256 tokens with <|endoftext|>, all that the model has positions for
+LONGEST = "a " * 253 + "ledge"  # with <|endoftext|> as long as the model has positions
 BAD = {  # word: (entry, what is said of it)
     "missing": ({"replaced_sentences": []}, "list of 2 or more sentences"),
     "lonely": ({"sentences": TWO[:1]}, "list of 2 or more sentences"),
@@ -553,7 +557,7 @@ BAD = {  # word: (entry, what is said of it)
     "number": ({"sentences": [*TWO, 7]}, "sentences that are no text"),
     "blank": ({"sentences": ["It was a blank", " \n"]}, "sentences that are no text"),
     "surrogate": ({"sentences": ["It was \udcff", *TWO]}, "sentences that are no text"),
-    "long": ({"sentences": ["It was long", LONGEST + " ledge"]}, "sentences that are longer than the model's 256"),
+    "long": ({"sentences": ["It was long", "a " + LONGEST]}, "sentences that are longer than the model's 256"),
     "perturbed": ({"sentences": TWO, "replaced_sentences": "bridge"}, "list of 0 or more replaced_sentences"),
     "untold": ({"sentences": TWO, "replaced_sentences": [None]}, "replaced_sentences that are no text"),
     "longer": (
@@ -619,7 +623,7 @@ def test_every_bad_entry_is_named(failures: dict[str, Future[Run]]) -> None:
     assert f"mend or remove {len(named)} lists" in line
     for word, (_, fault) in BAD.items():
         assert any(text.startswith(f"{word!r:.60} ") and fault in text for text in named), (word, named)
-    assert not any("'ledge'" in text for text in named)
+    assert len(token_ids(LONGEST)) == 255 and not any("'ledge'" in text for text in named)
     assert len(line) < 200 + 150 * len(named)
 
 
@@ -639,7 +643,7 @@ def test_hidden_states_that_are_not_finite(miniature: Path, tmp_path: Path) -> N
     save_file(weights, file, metadata={"format": "pt"})
     result = run(place(tmp_path / "here"), family)
     line = error_line(result)
-    assert "step 2, layer 0" in line and str(family / "step2") in line
+    assert re.search("step ?2, layer 0:", line) and str(family / "step2") in line
     entry = DOZEN["pajamas"]
     assert any(text[-60:] in line for text in entry["sentences"] + entry["replaced_sentences"])
     assert set(result.kept()) == {0, 1}
