@@ -654,7 +654,7 @@ def draw_overview(file: Path, family: str, steps: list[int], curve: dict) -> Non
     figure = Figure(figsize=(14, 5), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(maps), sharex=True, sharey=True)
     layers = curve["P1"].shape[1] - 1
-    lowest = min(0, np.nanmin([curve["P1"], curve["P2"]]))
+    lowest = np.nanmin([curve["P1"], curve["P2"], np.full_like(curve["P1"], 0.99)])
     widest = np.nanmax(np.abs([*maps["P1 - P2"].flat, 0.01]))
     for axes, (title, heat) in zip(panels, maps.items(), strict=True):
         scale = {"vmin": lowest, "vmax": 1, "cmap": "viridis"}

@@ -6,10 +6,10 @@ for 1b), and prints Markdown tables. PYTHON is the interpreter of an environment
 tests/benchmark_requirements.txt, in which TransformerLens and minicons run.
 
 The limit for a checkpoint is the longer of reading its weights and multiplying its matrices:
-    max(bytes / bandwidth, 2 x parameters of the blocks x distinct prefixes / matrix rate).
-The matrix rate is measured on the model's own linear layers one after the other, at BATCH_TOKENS tokens. Rates and
-the engine's passes are the best of several, all else is timed once; the naive loop and the peers run for SAMPLE_SECONDS
-on words in random order, and their time for all words follows in proportion.
+    max(bytes / bandwidth, 2 x weights of the linear layers x distinct prefixes / matrix rate).
+The matrix rate is that of the model's own linear layers, one after the other, at BATCH_TOKENS tokens. It is the best
+of six rounds, the engine's passes are the best of two; all else is timed once. The naive loop and the peers run for
+SAMPLE_SECONDS on batches in random order, and what all words take is extrapolated from that in proportion.
 """
 
 import argparse
@@ -24,45 +24,41 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
 
 import torch
 import transformers
-from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 
 # ------------------------------------------------------------------------------
 SHAPES = {
     "70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8, "intermediate_size": 8192},
 }
-STEPS = (0, 1000)  # of the two checkpoints
-SAMPLE_SECONDS = 30  # for the naive loop and each peer, which finish earlier if they have done all words
+STEPS = (0, 1000)  # of the checkpoints
+SAMPLE_SECONDS = 40  # for the naive loop and each peer, which end earlier if they have done all words
 PEER_BATCH = 64  # words in a batch of a peer
-ROUNDS = 3  # of the matrix rate, before the engine's passes and once more after them
 # ------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("token_convergence_analysis", "multitoken_context_perturbation")
-Text = tuple[str, tuple[int, ...]]  # a text as the model reads it, without and with its token ids
+BOS = "<|endoftext|>"
+Text = tuple[str, tuple[int, ...]]  # a text as the model reads it, and its token ids after <|endoftext|>
 
 
-def make_family(family: Path, shape: dict) -> list[Path]:
+def make_family(family: Path, shape: dict[str, int]) -> list[Path]:
     """Writes checkpoints of random float16 weights as Pythia's are published."""
-    from miniature import save_checkpoint  # here, since the peers' interpreter lacks what it imports
+    from miniature import save_checkpoint  # not at the top, since the peers' interpreter lacks what it imports
 
-    config = GPTNeoXConfig(
-        vocab_size=50_304, rotary_pct=0.25, max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, **shape
-    )
+    config = GPTNeoXConfig(vocab_size=50_304, rotary_pct=0.25, bos_token_id=0, eos_token_id=0, **shape)
     with torch.device("meta"):
-        model = GPTNeoXForCausalLM(config).half()
-    model.to_empty(device="cpu")
-    token = "<|endoftext|>"
-    tokenizer = {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": token, "eos_token": token, "unk_token": token}
+        model = GPTNeoXForCausalLM(config)
+    model = model.half().to_empty(device="cpu")
+    tokenizer = {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": BOS, "eos_token": BOS, "unk_token": BOS}
     folders = [family / f"step{step}" for step in STEPS]
     for folder in folders:
         for name, parameter in model.named_parameters():
@@ -76,7 +72,7 @@ def make_family(family: Path, shape: dict) -> list[Path]:
 
 
 def forget(folders: list[Path]) -> None:
-    """Drops the files of checkpoints from the system's cache, where it lets a user do so, as Linux does."""
+    """Drops the files of checkpoints from the system's cache, where a user can have that done, as on Linux."""
     if hasattr(os, "posix_fadvise"):
         for file in (file for folder in folders for file in folder.iterdir()):
             with file.open("rb") as stream:
@@ -84,28 +80,17 @@ def forget(folders: list[Path]) -> None:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_bandwidths(script: ModuleType, folder: Path) -> tuple[float, float]:
-    """Bytes a second at which the script reads weights from disk, and from the system's cache."""
-    size = sum(file.stat().st_size for file in script.weight_files(folder))
-    forget([folder])
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
-        script.read_ahead([folder])
-        seconds.append(time.perf_counter() - start)
-    return size / seconds[0], size / seconds[1]
+def seconds_for(action: Callable, *arguments: object) -> float:
+    start = time.perf_counter()
+    action(*arguments)
+    return time.perf_counter() - start
 
 
-def linear_layers(model: transformers.GPTNeoXModel) -> list[torch.nn.Linear]:
-    return [layer for layer in model.layers.modules() if isinstance(layer, torch.nn.Linear)]
-
-
-def linear_seconds(model: transformers.GPTNeoXModel, tokens: int) -> tuple[float, float]:
-    """Seconds for all linear layers of the model, each once: as torch multiplies by default, and as the script does."""
-    layers = linear_layers(model)
+def linear_seconds(layers: list[torch.nn.Linear], tokens: int) -> tuple[float, float]:
+    """Seconds for the layers, each once: as torch multiplies by default, and as the script does."""
     inputs = {width: torch.randn(1, tokens, width) for width in {layer.in_features for layer in layers}}
     best = [float("inf")] * 2
-    for _ in range(ROUNDS):
+    for _ in range(3):
         for way, multiply in enumerate((torch.nn.Linear.forward, torch.nn.Linear.__call__)):
             start = time.perf_counter()
             for layer in layers:
@@ -114,144 +99,103 @@ def linear_seconds(model: transformers.GPTNeoXModel, tokens: int) -> tuple[float
     return best[0], best[1]
 
 
-def passes_seconds(script: ModuleType, model: torch.nn.Module, folder: Path, trees: list, texts: list[str]) -> float:
-    """Seconds for the forward passes of one checkpoint, its weights being loaded."""
-    start = time.perf_counter()
+def run_passes(script: ModuleType, model: GPTNeoXModel, folder: Path, trees: list[dict], texts: list[str]) -> None:
+    """The forward passes of a checkpoint whose weights are loaded already."""
     with patch.object(script, "load_weights"), tqdm(disable=True) as progress:
         for _ in script.unit_states(model, [folder], trees, texts, progress):
             pass
-    return time.perf_counter() - start
 
 
-def sampled(batches: Iterable[tuple[int, object]], run: Callable[[object], None], words: int) -> float:
-    """Seconds that `run` would take for all words, from as many of the (words, batch) pairs as the time allows."""
-    done, start = 0, time.perf_counter()
-    for size, batch in batches:
-        run(batch)
-        done += size
-        if time.perf_counter() - start > SAMPLE_SECONDS:
-            break
-    return (time.perf_counter() - start) / done * words
-
-
-def naive_loop(folder: Path, texts: list[Text]) -> tuple[float, float]:
-    """Seconds to load a checkpoint, and for its passes: one text at a time through the causal LM."""
-    start = time.perf_counter()
+def naive_loop(folder: Path) -> Callable[[list[Text]], object]:
+    """Loads the causal LM. Returns a function that runs it on a batch, here of one word."""
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    loading = time.perf_counter() - start
 
-    def run(sequence: tuple[int, ...]) -> None:
-        states = model(input_ids=torch.tensor([sequence]), output_hidden_states=True).hidden_states
-        torch.stack([layer[0, -1] for layer in states])
+    def run(batch: list[Text]) -> torch.Tensor:
+        tokens = torch.tensor([sequence for _, sequence in batch])
+        return torch.stack([layer[:, -1] for layer in model(input_ids=tokens, output_hidden_states=True).hidden_states])
 
-    run(texts[0][1])
-    return loading, sampled(((1, sequence) for _, sequence in texts), run, len(texts))
+    return run
 
 
-def transformer_lens(folder: Path, texts: list[Text]) -> tuple[float, float]:
-    """The same through TransformerLens: words of equal length in a batch, the residual stream alone cached."""
+def transformer_lens(folder: Path) -> Callable[[list[Text]], object]:
+    """The same through TransformerLens, which keeps the residual stream only."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    start = time.perf_counter()
     model = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
-    loading = time.perf_counter() - start
 
-    def run(batch: list[Text]) -> None:
+    def run(batch: list[Text]) -> torch.Tensor:
         tokens = torch.tensor([sequence for _, sequence in batch])
         wanted = ("hook_resid_pre", "ln_final.hook_out")
         _, cache = model.run_with_cache(tokens, return_type=None, names_filter=lambda name: name.endswith(wanted))
-        torch.stack([cache[name][:, -1] for name in cache])
+        return torch.stack([cache[name][:, -1] for name in cache])
 
-    batches = []
-    for length in {len(sequence) for _, sequence in texts}:
-        batches += in_batches([text for text in texts if len(text[1]) == length])
-    random.Random(0).shuffle(batches)
-    run(batches[0][1])
-    return loading, sampled(batches, run, len(texts))
+    return run
 
 
-def minicons(folder: Path, texts: list[Text]) -> tuple[float, float]:
-    """The same through minicons: padded batches."""
+def minicons(folder: Path) -> Callable[[list[Text]], object]:
+    """The same through minicons, which averages over the tokens of a word."""
     from minicons.cwe import CWE
 
-    start = time.perf_counter()
     model = CWE(str(folder), dtype=torch.float32)
+
+    def run(batch: list[Text]) -> list[torch.Tensor]:
+        sentences = [BOS + text for text, _ in batch]
+        words = [(sentence, (sentence.rindex(" ") + 1, len(sentence))) for sentence in sentences]
+        return model.extract_representation(words, layer="all")
+
+    return run
+
+
+WAYS = {"naive": (naive_loop, 1), "TransformerLens": (transformer_lens, PEER_BATCH), "minicons": (minicons, PEER_BATCH)}
+
+
+def time_way(name: str, folder: Path, texts: list[Text]) -> tuple[float, float]:
+    """Seconds that one of WAYS takes to load a checkpoint, and for all texts, in batches of equal length."""
+    load, size = WAYS[name]
+    start = time.perf_counter()
+    run = load(folder)
     loading = time.perf_counter() - start
-
-    def run(batch: list[Text]) -> None:
-        spans = [("<|endoftext|>" + text, (len("<|endoftext|> "), len("<|endoftext|>" + text))) for text, _ in batch]
-        model.extract_representation(spans, layer="all")
-
-    batches = list(in_batches(texts))
-    run(batches[0][1])
-    return loading, sampled(batches, run, len(texts))
-
-
-def in_batches(texts: list[Text]) -> Iterator[tuple[int, list[Text]]]:
-    for start in range(0, len(texts), PEER_BATCH):
-        batch = texts[start : start + PEER_BATCH]
-        yield len(batch), batch
-
-
-PEERS = {"TransformerLens": transformer_lens, "minicons": minicons}
+    batches = []
+    for length in {len(sequence) for _, sequence in texts}:
+        alike = [text for text in texts if len(text[1]) == length]
+        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
+    random.Random(0).shuffle(batches)
+    run(batches[0])
+    done, start = 0, time.perf_counter()
+    for batch in batches:
+        run(batch)
+        done += len(batch)
+        if time.perf_counter() - start > SAMPLE_SECONDS:
+            break
+    return loading, (time.perf_counter() - start) / done * len(texts)
 
 
-def run_peer(python: str, name: str, folder: Path, words_file: Path) -> tuple[float, float] | str:
-    """Seconds that a peer takes to load and for its passes, measured by another interpreter; or why it did not run."""
-    command = [python, __file__, "--peer", name, str(folder), str(words_file)]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+def time_way_apart(python: str, name: str, folder: Path, texts_file: Path) -> tuple[float, float] | str:
+    """The same, in a process of its own by another interpreter; or why it did not run."""
+    command = [python, __file__, "--peer", name, folder, texts_file]
+    process = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if process.returncode:
-        return (process.stderr.strip() or f"exit code {process.returncode}").splitlines()[-1]
-    loading, passes = json.loads(process.stdout.splitlines()[-1])
-    return loading, passes
+        return "not run: " + process.stderr.strip().splitlines()[-1]
+    return tuple(json.loads(process.stdout.splitlines()[-1]))
 
 
-def copy_script(name: str, folder: Path, **settings: object) -> Path:
-    """Copies a script with other settings and its input files."""
+def run_script(name: str, folder: Path, family: Path, words: int) -> tuple[float, float]:
+    """Seconds and peak anonymous memory (GB; NaN where there is no /proc) of a script as a process, in a copy."""
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    for setting, value in settings.items():
-        source = re.sub(f"^{setting} = .*$", f"{setting} = {value!r}", source, flags=re.MULTILINE)
+    for setting, value in {"WORDS_PER_GROUP": words, "DEVICE": '"cpu"'}.items():
+        source = re.sub(f"^{setting} = .*$", f"{setting} = {value}", source, flags=re.MULTILINE)
+    (folder / f"{name}.py").write_text(source, encoding="utf-8")
     for file in ROOT.glob("*.json"):
         shutil.copy(file, folder)
-    (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    return folder / f"{name}.py"
-
-
-def run_script(script: Path, family: Path) -> tuple[float, float]:
-    """Seconds and peak anonymous memory (bytes; not a number where there is no /proc) of a script as a process."""
-    start, peak = time.perf_counter(), float("nan")
-    process = subprocess.Popen([sys.executable, script, family], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    start, sizes = time.perf_counter(), []
+    process = subprocess.Popen([sys.executable, folder / f"{name}.py", family], stdout=subprocess.DEVNULL)
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        match = re.search(r"RssAnon:\s*(\d+) kB", status.read_text() if status.exists() else "")
-        if match:
-            peak = max(int(match[1]) * 1024, 0 if peak != peak else peak)
+        sizes += re.findall(r"RssAnon:\s*(\d+) kB", status.read_text() if status.exists() else "")
         time.sleep(0.05)
-    seconds = time.perf_counter() - start
     if process.returncode:
-        sys.exit(f"{script.name} ended with exit code {process.returncode}")
-    return seconds, peak
-
-
-def distinct_prefixes(sequences: list[tuple[int, ...]]) -> int:
-    return len({sequence[:length] for sequence in sequences for length in range(1, len(sequence) + 1)})
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    if sys.platform == "darwin":
-        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    file = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
-    return match[1] if match else platform.processor()
-
-
-def sentences_of(sibling: ModuleType, tokenizer: Tokenizer, config: GPTNeoXConfig) -> list[Text]:
-    """The distinct sentences that the second script reads."""
-    variants, _ = sibling.choose_variants(sibling.read_contexts(tokenizer, config), tokenizer)
-    texts = sorted({text for lists in variants.values() for texts in lists for text in texts})
-    return list(zip(texts, sibling.encode(tokenizer, texts), strict=True))
+        sys.exit(f"{name}.py ended with exit code {process.returncode}")
+    return time.perf_counter() - start, max(map(int, sizes), default=float("nan")) * 1024 / 1e9
 
 
 def print_table(*rows: tuple) -> None:
@@ -261,91 +205,106 @@ def print_table(*rows: tuple) -> None:
     print(flush=True)
 
 
-def measure(shape: str, words: int, peers: str, scratch: Path) -> None:
-    """Measures everything, and prints each table as soon as it is known."""
+def count_prefixes(texts: list[Text]) -> int:
+    return len({sequence[: end + 1] for _, sequence in texts for end in range(len(sequence))})
+
+
+def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple[float, float, float, float]:
+    """Measures machine and engine on one checkpoint, and prints the table.
+
+    Returns seconds: of the limit to read the weights, of the limit to multiply for a prefix, to load, of the passes.
+    """
+    gigabytes = sum(file.stat().st_size for file in script.weight_files(folder)) / 1e9
+    forget([folder])
+    disk, cache = (gigabytes / seconds_for(script.read_ahead, [folder]) for _ in range(2))
+    cpu = torch.device("cpu")
+    start = time.perf_counter()
+    model = script.build_model(folder, cpu)
+    script.load_weights(model, folder)
+    first_loading = time.perf_counter() - start
+    loading = seconds_for(script.load_weights, model, folder)
+    texts, sequences = zip(*words, strict=True)
+    trees = script.prefix_trees(sequences, cpu)
+    layers = [layer for layer in model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+    before = linear_seconds(layers, script.BATCH_TOKENS)
+    passes = min(seconds_for(run_passes, script, model, folder, trees, texts) for _ in range(2))
+    best = map(min, before, linear_seconds(layers, script.BATCH_TOKENS))
+    per_prefix = 2e-9 * sum(layer.weight.numel() for layer in layers)  # GFLOP
+    default_rate, rate = (per_prefix * script.BATCH_TOKENS / seconds for seconds in best)
+    work = per_prefix * count_prefixes(words)
+    reading, multiplying = gigabytes / disk, work / rate
+    source = "from disk" if disk < cache / 1.5 else "from the cache"
+    print_table(
+        (f"a checkpoint, {len(words)} words", ""),
+        ("matrix rate as torch multiplies by default", f"{default_rate:.0f} GFLOP/s"),
+        ("matrix rate through oneDNN, as the scripts multiply", f"{rate:.0f} GFLOP/s"),
+        (f"weights, read {source} (again, from the cache)", f"{gigabytes:.2f} GB, {disk:.2f} ({cache:.2f}) GB/s"),
+        (
+            "distinct prefixes (computed)",
+            f"{count_prefixes(words)} ({sum(len(tree['input_ids'][0]) for tree in trees)})",
+        ),
+        ("limit to read; to multiply", f"{reading:.2f} s; {multiplying:.2f} s"),
+        ("loading the first; any other (from the cache)", f"{first_loading:.2f} s; {loading:.2f} s"),
+        (f"passes, in {len(trees)} batches", f"{passes:.2f} s"),
+        ("matrix products in the passes, at the oneDNN rate", f"{multiplying / passes:.0%}"),
+        ("the same at torch's default rate", f"{work / default_rate / passes:.0%}"),
+        ("loading and passes over the limit", f"{(loading + passes) / max(reading, multiplying):.2f}"),
+    )
+    return reading, multiplying / count_prefixes(words), loading, passes
+
+
+def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None:
+    """Measures everything, and prints the tables."""
     sys.path.insert(0, str(ROOT))
-    script, sibling = (importlib.import_module(name) for name in SCRIPTS)
-    script.WORDS_PER_GROUP = words
+    script, sibling = map(importlib.import_module, SCRIPTS)
+    script.WORDS_PER_GROUP = words_per_group
     family = scratch / f"random_{shape}"
     folders = make_family(family, SHAPES[shape])
-    *_, final = folders
-    disk, cache = read_bandwidths(script, final)
+    final = folders[-1]
     config, tokenizer = script.read_final(final)
     _, texts, sequences, _ = script.draw_words(script.read_words(), tokenizer, config)
-    samples = [list(zip(texts, sequences, strict=True)), sentences_of(sibling, tokenizer, config)]
-    prefixes = [distinct_prefixes([sequence for _, sequence in sample]) for sample in samples]
-    for sample in samples:
-        random.Random(0).shuffle(sample)
-    print(f"Pythia-{shape} shape, random weights, float32; {processor()}, {os.cpu_count()} cores,", end=" ")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    words = list(zip(texts, sequences, strict=True))
+    variants, _ = sibling.choose_variants(sibling.read_contexts(tokenizer, config), tokenizer)
+    texts = sorted({text for lists in variants.values() for texts in lists for text in texts})
+    sentences = list(zip(texts, sibling.encode(tokenizer, texts), strict=True))
+    print(f"Pythia-{shape} shape, random float16 weights, computed in float32; {processor()},", end=" ")
+    print(f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads\n")
+    reading, multiplying, *engine = measure_engine(script, final, words)
 
-    device = torch.device("cpu")
-    trees = script.prefix_trees(sequences, device)
-    start = time.perf_counter()
-    model = script.build_model(final, device)
-    script.load_weights(model, final)
-    first_loading = time.perf_counter() - start
-    start = time.perf_counter()
-    script.load_weights(model, final)
-    loading = time.perf_counter() - start
-    before = linear_seconds(model, script.BATCH_TOKENS)
-    passes = min(passes_seconds(script, model, final, trees, texts) for _ in range(2))
-    multiplying = map(min, before, linear_seconds(model, script.BATCH_TOKENS))
-    operations = 2 * sum(layer.weight.numel() for layer in linear_layers(model))
-    default_rate, rate = (operations * script.BATCH_TOKENS / seconds for seconds in multiplying)
-    size = sum(file.stat().st_size for file in script.weight_files(final))
-    limits = [max(size / disk, operations * count / rate) for count in prefixes]
-    nodes = sum(tree["input_ids"].numel() for tree in trees)
-    share, default_share = (operations * prefixes[0] / by / passes for by in (rate, default_rate))
-    from_disk = "from disk" if disk < cache / 1.5 else "from the cache"
-    print_table(
-        ("the machine and the engine", ""),
-        ("float32 matrix rate as torch multiplies by default", f"{default_rate / 1e9:.0f} GFLOP/s"),
-        ("float32 matrix rate through oneDNN, as the scripts multiply", f"{rate / 1e9:.0f} GFLOP/s"),
-        (f"reading weights {from_disk} (again, from the cache)", f"{disk / 1e9:.2f} ({cache / 1e9:.2f}) GB/s"),
-        ("words; their distinct prefixes; nodes computed", f"{len(texts):,}; {prefixes[0]:,}; {nodes:,}"),
-        ("limit for a checkpoint: reading", f"{size / 1e9:.2f} GB, {size / disk:.1f} s"),
-        (
-            "limit for a checkpoint: multiplying",
-            f"{operations * prefixes[0] / 1e12:.2f} TFLOP, {operations * prefixes[0] / rate:.1f} s",
-        ),
-        ("loading the first checkpoint (another)", f"{first_loading:.1f} ({loading:.1f}) s"),
-        (f"passes of a checkpoint, in {len(trees)} batches", f"{passes:.1f} s"),
-        ("passes, share of the oneDNN rate (of torch's default rate)", f"{share:.0%} ({default_share:.0%})"),
-    )
-    del model
-
-    loops = [naive_loop(final, sample) for sample in samples]
-    words_file = scratch / "words.json"
-    words_file.write_text(json.dumps(samples[0]), encoding="utf-8")
-    ways = {"one word at a time, GPTNeoXForCausalLM": loops[0]}
-    ways |= {name: run_peer(peers, name, final, words_file) for name in PEERS}
-    runs = []
-    for name in SCRIPTS:
-        copy = copy_script(name, scratch, WORDS_PER_GROUP=words, DEVICE="cpu")
+    rows = [
+        ("end to end", "texts", "distinct prefixes", "seconds", "over the limit", "naive loop, s", "ratio", "peak GB")
+    ]
+    for name, texts in zip(SCRIPTS, (words, sentences), strict=True):
+        (scratch / name).write_text(json.dumps(texts), encoding="utf-8")
+        naive = time_way_apart(sys.executable, "naive", final, scratch / name)
         forget(folders)
-        runs.append(run_script(copy, family))
-    rows = []
+        seconds, peak = run_script(name, scratch, family, words_per_group)
+        limit = len(folders) * max(reading, multiplying * count_prefixes(texts))
+        whole = len(folders) * sum(naive)
+        row = (f"{name}.py", len(texts), count_prefixes(texts), seconds, f"{seconds / limit:.2f}", whole)
+        rows.append((*row, whole / seconds, f"{peak:.2f}"))
+        if texts is words:
+            script_seconds = seconds
+            ways = {"one at a time, GPTNeoXForCausalLM": naive, "the script's engine": engine}
+    print_table(*rows)
+
+    ways |= {name: time_way_apart(peers, name, final, scratch / SCRIPTS[0]) for name in ("TransformerLens", "minicons")}
+    rows = [
+        ("the same words", "loading, s", "passes, s", "ms a word", f"{len(folders)} checkpoints, s", "script's gain")
+    ]
     for name, seconds in ways.items():
         if isinstance(seconds, str):
-            rows.append((name, f"not run: {seconds}", "", "", "", ""))
+            rows.append((name, seconds, "", "", "", ""))
             continue
-        both = len(folders) * sum(seconds)
-        rows.append((name, *seconds, 1000 * seconds[1] / len(texts), both, both / runs[0][0]))
-    rows.append(("this engine", loading, passes, 1000 * passes / len(texts), "", ""))
-    rows.append((f"{SCRIPTS[0]}.py, end to end", "", "", "", runs[0][0], 1.0))
-    head = ("the same words", "loading, s", "passes, s", "ms a word", f"{len(folders)} checkpoints, s", "ratio")
-    print_table(head, *rows)
-
-    head = ("end to end, as a process", "texts", "distinct prefixes", "seconds", "over the limit", "naive loop, s")
-    rows = [(*head, "naive loop / script", "peak anonymous memory, GB")]
-    for name, sample, count, limit, loop, (seconds, peak) in zip(
-        SCRIPTS, samples, prefixes, limits, loops, runs, strict=True
-    ):
-        naive = len(folders) * sum(loop)
-        over = f"{seconds / len(folders) / limit:.2f}"
-        rows.append((name, len(sample), count, seconds, over, naive, naive / seconds, f"{peak / 1e9:.2f}"))
+        whole = len(folders) * sum(seconds)
+        rows.append((name, *seconds, 1000 * seconds[1] / len(words), whole, whole / script_seconds))
     print_table(*rows)
+
+
+def processor() -> str:
+    file = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
+    return match[1] if match else platform.processor()
 
 
 def main() -> None:
@@ -353,11 +312,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="70m", help="shape of the model [%(default)s]")
     parser.add_argument("--words", type=int, default=500, help="words a group [%(default)s]")
     parser.add_argument("--peers", default=sys.executable, help="interpreter that has the peers [this one]")
-    parser.add_argument("--peer", nargs=3, metavar=("NAME", "FOLDER", "WORDS_FILE"), help="measure one peer, here")
+    parser.add_argument("--peer", nargs=3, metavar=("NAME", "FOLDER", "TEXTS"), help="time one way, here")
     arguments = parser.parse_args()
     if arguments.peer:
-        name, folder, words_file = arguments.peer
-        print(json.dumps(PEERS[name](Path(folder), json.loads(Path(words_file).read_text()))))
+        name, folder, texts_file = arguments.peer
+        print(json.dumps(time_way(name, Path(folder), json.loads(Path(texts_file).read_text(encoding="utf-8")))))
         return
     with tempfile.TemporaryDirectory(prefix="benchmark_") as scratch:
         measure(arguments.shape, arguments.words, arguments.peers, Path(scratch))
