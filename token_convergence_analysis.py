@@ -440,7 +440,6 @@ def unit_states(
     Tree by tree: the rows of its texts, and their states, float32 (texts of the tree, layers + 1, width).
     Meanwhile the weights in the other folders, those that are needed next, are read from disk.
     """
-    progress.set_description(folders[0].name)
     load_weights(model, folders[0])
     Thread(target=read_ahead, args=[folders[1:]], daemon=True).start()
     stop = 0
@@ -523,15 +522,16 @@ def measure(
     final_sums, all_rows = 0, []
     with tqdm(total=len(passes) * len(trees), unit="batch", disable=RANK > 0) as progress:
         for index, step in enumerate(passes):
+            progress.set_description(f"checkpoint {index + 1} of {len(passes)}, step {step}")
             folders = [checkpoints[step] for step in passes[index : index + 2]]
             blocks = unit_states(model, folders, trees, texts, progress)
             if index > 0:
                 compare(step, blocks)
-                continue
-            for rows, states in blocks:
-                final_states[rows] = states
-                final_sums += group_sums(rows, states)
-                all_rows.append(rows)
+            else:
+                for rows, states in blocks:
+                    final_states[rows] = states
+                    final_sums += group_sums(rows, states)
+                    all_rows.append(rows)
     if final in missing:
         compare(final, ((rows, final_states[rows]) for rows in all_rows))
 

@@ -187,6 +187,14 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """Makes runs one after the other, beside the other tests."""
+    pool = ThreadPoolExecutor(1)
+    yield pool
+    pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
 def main_run(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All steps, all groups: what most tests look at or start from."""
     return run(place(tmp_path_factory.mktemp("main")), miniature)
@@ -285,7 +293,7 @@ def test_curves_look_like_learning(main_run: Run) -> None:
         assert all(row["similarity"] > row["unrelated"] for row in curve[2:])
 
 
-# ------------------------------------------------------------------------------ how a word is read, and the packing
+# ------------------------------------------------------------------------------ how a word is read
 
 
 def test_bare_words(miniature: Path, tmp_path: Path) -> None:
@@ -294,67 +302,6 @@ def test_bare_words(miniature: Path, tmp_path: Path) -> None:
     result = run(place(tmp_path / "here", WORDS_PER_GROUP=16, **settings), family)
     assert result.code == 0, result.err
     assert_like_naive(result, family, [1, 32], prepend_bos=False, leading_space=False)
-
-
-AWKWARD = dict.fromkeys(
-    [
-        *("a", "an", "ant", "anti", "antic", "../../", "./", "naïve", "naive", "é", "日本", "<|endoftext|>", "q"),
-        *(unicodedata.normalize("NFD", word) for word in ("naïve", "é")),
-        *("q-", "../../evil", "..\\evil", "q-q-", "antidisestablishment", "q-q-q", "q-q-r", "q-r-q", "q-q-q-q-q"),
-        *("q-" * 127 + "q", "q-" * 126 + "q-r"),  # as long as the model has positions
-    ],
-    1,
-)
-AWKWARD_GROUPS = (255, 1, 2, 4, 5)
-
-
-@pytest.fixture(scope="module")
-def awkward(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Run]]:
-    """A family, and runs on AWKWARD with small to large batches; the last reads the words in another order."""
-    folder = tmp_path_factory.mktemp("awkward")
-    family = link(miniature, folder / "short", [1, 32])
-    settings = {"GROUPS": AWKWARD_GROUPS, "WORDS_PER_GROUP": None, "MIN_GROUP_SIZE": 2, "LEADING_SPACE": False}
-    reverse = dict(reversed(AWKWARD.items()))
-    runs = []
-    for batch, words in ((1, AWKWARD), (7, AWKWARD), (1_000_000, reverse)):
-        runs.append(run(place(folder / str(batch), words, BATCH_TOKENS=batch, **settings), family))
-    return family, runs
-
-
-def test_packing_is_exact_on_awkward_words(awkward: tuple[Path, list[Run]]) -> None:
-    family, (first, *others) = awkward
-    assert first.code == 0, first.err
-    assert_like_naive(first, family, [1, 32], leading_space=False)
-    expected = first.arrays()
-    for other in others:
-        assert other.code == 0, other.err
-        arrays = other.arrays()
-        assert all(np.array_equal(arrays[name], expected[name]) for name in ("words", "tokens", "steps"))
-        np.testing.assert_allclose(arrays["similarity"], expected["similarity"], atol=1e-5, rtol=0)
-
-
-def test_awkward_words_are_awkward(awkward: tuple[Path, list[Run]]) -> None:
-    arrays = awkward[1][0].arrays()
-    words = arrays["words"].tolist()
-    sequences = [token_ids(word, leading_space=False) for word in words]
-    sizes = {word: len(token_ids(word, leading_space=False)) - 1 for word in AWKWARD}
-    assert set(words) == {word for word, size in sizes.items() if size in AWKWARD_GROUPS} < set(AWKWARD)
-    assert sum(long[: len(short)] == short for long in sequences for short in sequences if short != long) > 10
-    for word in ("naïve", "é"):  # the tokenizer composes: both spellings are there, and are the same tokens
-        composed, decomposed = words.index(word), words.index(unicodedata.normalize("NFD", word))
-        assert sequences[composed] == sequences[decomposed]
-        assert (arrays["similarity"][..., composed] == arrays["similarity"][..., decomposed]).all()
-    counts = np.bincount(arrays["tokens"])
-    assert counts[4] == counts[255] == 2 and set(np.flatnonzero(counts)) == set(AWKWARD_GROUPS)
-
-
-def test_words_never_become_paths(awkward: tuple[Path, list[Run]]) -> None:
-    family, runs = awkward
-    assert {folder.name for folder in family.parent.iterdir()} == {"short", "1", "7", "1000000"}
-    assert not [file for file in family.parent.rglob("*") if "evil" in file.name]
-    for result in runs:
-        here = {file.name for file in result.results.parents[1].iterdir()}
-        assert here == {SCRIPT.name, WORDS_FILE.name, "convergance_plots"}
 
 
 # ------------------------------------------------------------------------------ families
@@ -521,6 +468,72 @@ def test_changed_type_is_measured_again(main_run: Run, miniature: Path, tmp_path
     assert 1e-6 < difference.max() < 0.02
 
 
+# ------------------------------------------------------------------------------ the packing
+
+
+AWKWARD = dict.fromkeys(
+    [
+        *("a", "an", "ant", "anti", "antic", "../../", "./", "naïve", "naive", "é", "日本", "<|endoftext|>", "q"),
+        *(unicodedata.normalize("NFD", word) for word in ("naïve", "é")),
+        *("q-", "../../evil", "..\\evil", "q-q-", "antidisestablishment", "q-q-q", "q-q-r", "q-r-q", "q-q-q-q-q"),
+        *("q-" * 127 + "q", "q-" * 126 + "q-r"),  # as long as the model has positions
+    ],
+    1,
+)
+AWKWARD_GROUPS = (255, 1, 2, 4, 5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def awkward(
+    pool: ThreadPoolExecutor, miniature: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Future[Run]]]:
+    """A family, and runs on AWKWARD with small to large batches; the last reads the words in another order."""
+    folder = tmp_path_factory.mktemp("awkward")
+    family = link(miniature, folder / "short", [1, 32])
+    settings = {"GROUPS": AWKWARD_GROUPS, "WORDS_PER_GROUP": None, "MIN_GROUP_SIZE": 2, "LEADING_SPACE": False}
+    batches = {1: AWKWARD, 7: AWKWARD, 1_000_000: dict(reversed(AWKWARD.items()))}
+    places = [place(folder / str(batch), words, BATCH_TOKENS=batch, **settings) for batch, words in batches.items()]
+    return family, [pool.submit(run, here, family) for here in places]
+
+
+def test_packing_is_exact_on_awkward_words(awkward: tuple[Path, list[Future[Run]]]) -> None:
+    family, futures = awkward
+    first, *others = [future.result() for future in futures]
+    assert first.code == 0, first.err
+    assert_like_naive(first, family, [1, 32], leading_space=False)
+    expected = first.arrays()
+    for other in others:
+        assert other.code == 0, other.err
+        arrays = other.arrays()
+        assert all(np.array_equal(arrays[name], expected[name]) for name in ("words", "tokens", "steps"))
+        np.testing.assert_allclose(arrays["similarity"], expected["similarity"], atol=1e-5, rtol=0)
+
+
+def test_awkward_words_are_awkward(awkward: tuple[Path, list[Future[Run]]]) -> None:
+    arrays = awkward[1][0].result().arrays()
+    words = arrays["words"].tolist()
+    sequences = [token_ids(word, leading_space=False) for word in words]
+    sizes = {word: len(token_ids(word, leading_space=False)) - 1 for word in AWKWARD}
+    assert set(words) == {word for word, size in sizes.items() if size in AWKWARD_GROUPS} < set(AWKWARD)
+    assert sum(long[: len(short)] == short for long in sequences for short in sequences if short != long) > 10
+    for word in ("naïve", "é"):  # the tokenizer composes: both spellings are there, and are the same tokens
+        composed, decomposed = words.index(word), words.index(unicodedata.normalize("NFD", word))
+        assert sequences[composed] == sequences[decomposed]
+        assert (arrays["similarity"][..., composed] == arrays["similarity"][..., decomposed]).all()
+    counts = np.bincount(arrays["tokens"])
+    assert counts[4] == counts[255] == 2 and set(np.flatnonzero(counts)) == set(AWKWARD_GROUPS)
+
+
+def test_words_never_become_paths(awkward: tuple[Path, list[Future[Run]]]) -> None:
+    family, futures = awkward
+    assert {folder.name for folder in family.parent.iterdir()} == {"short", "1", "7", "1000000"}
+    results = [future.result().results for future in futures]
+    assert not [file for file in family.parent.rglob("*") if "evil" in file.name]
+    for folder in results:
+        here = {file.name for file in folder.parents[1].iterdir()}
+        assert here == {SCRIPT.name, WORDS_FILE.name, "convergance_plots"}
+
+
 # ------------------------------------------------------------------------------ what goes wrong
 
 
@@ -598,8 +611,10 @@ ERRORS = {  # name: (arguments, words, settings, what the line says)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def failures(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Run]]]:
-    """The runs of ERRORS, made one after the other beside the other tests."""
+def failures(
+    pool: ThreadPoolExecutor, miniature: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[Run]]:
+    """The runs of ERRORS."""
     families, places = tmp_path_factory.mktemp("families"), tmp_path_factory.mktemp("places")
     (families / "empty" / "step5.partial").mkdir(parents=True)
     link(miniature, families / "whole", [0, 32])
@@ -611,9 +626,7 @@ def failures(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         paths = [argument if argument.startswith("-") else families / argument for argument in arguments]
         return run(place(places / name, words, **settings), *paths)
 
-    pool = ThreadPoolExecutor(1)
-    yield {name: pool.submit(fail, name) for name in ERRORS}
-    pool.shutdown(cancel_futures=True)
+    return {name: pool.submit(fail, name) for name in ERRORS}
 
 
 def error_line(result: Run) -> str:

@@ -180,14 +180,14 @@ def naive_profiles(
 
 
 def assert_like_naive(run: Run, steps: list[int], words: list[str], naive: dict[str, np.ndarray]) -> None:
-    """Every value of both tables is what the naive computation gives, to 1e-4, and in the same order."""
+    """Every value of both tables is what the naive computation gives, to 1e-5, and in the same order."""
     sizes = [len(token_ids(" " + word)) for word in words]
     rows = run.rows()
     keys = itertools.product(zip(words, sizes, strict=True), steps, range(LAYERS))
     assert list(rows) == [(*word, step, layer) for word, step, layer in keys]
     for name in NAMES:
         values = np.reshape([row[name] for row in rows.values()], (len(words), len(steps), LAYERS))
-        np.testing.assert_allclose(values, np.moveaxis(naive[name], -1, 0), atol=1e-4, rtol=0, err_msg=name)
+        np.testing.assert_allclose(values, np.moveaxis(naive[name], -1, 0), atol=1e-5, rtol=0, err_msg=name)
 
     means = run.means()
     groups = {str(size): np.array(sizes) == size for size in sorted(set(sizes))} | {"all": np.full(len(words), True)}
@@ -198,7 +198,7 @@ def assert_like_naive(run: Run, steps: list[int], words: list[str], naive: dict[
             values = naive[name][steps.index(step), layer, groups[group]]
             known = values[~np.isnan(values)]
             expected = known.mean() if len(known) else np.nan
-            assert row[name] == pytest.approx(expected, abs=1e-4, nan_ok=True), (group, step, layer, name)
+            assert row[name] == pytest.approx(expected, abs=1e-5, nan_ok=True), (group, step, layer, name)
 
 
 def assert_figures(results: Path, sizes: Iterable[int], words: int) -> None:
@@ -531,7 +531,7 @@ def test_added_checkpoint_alone_is_measured(main_run: Run, miniature: Path, tmp_
 
 def test_changed_sentence_is_measured_again(main_run: Run, short: Path, tmp_path: Path) -> None:
     entries = json.loads(json.dumps(DOZEN))
-    entries["waffle"]["sentences"][2] = "On Sundays the whole street smells of somebody's waffle"
+    entries["waffle"]["sentences"][2] = "I cannot think of a breakfast more dreadful than a warm waffle"
     here = continued(main_run, tmp_path, entries, "short", WORDS_TO_PLOT=["waffle", "ledge"])
     result = run(here, short)
     assert result.code == 0 and result.warnings() == [], result.err
