@@ -698,7 +698,7 @@ def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, d
     for axes in panels.flat[len(maps) :]:
         axes.set_axis_off()
     labelled = range(len(steps) - 1, -1, -(len(steps) // 13 + 1))
-    panels[0, 0].set_xticks(labelled, [step_label(steps[index]) for index in labelled])
+    panels[0, 0].set_xticks(labelled, [step_label(steps[index]) for index in labelled], fontsize="small")
     panels[0, 0].set_yticks(range(0, len(heat), len(heat) // 10 + 1))
     figure.supxlabel("training step", fontsize="medium")
     figure.supylabel(layer_range(len(heat) - 1), fontsize="medium")

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +40,6 @@ SHAPES = {
     "70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8, "intermediate_size": 8192},
 }
-STEPS = (0, 1000)  # of the checkpoints
 SAMPLE_SECONDS = 40  # for the naive loop and each peer, which end earlier if they have done all words
 PEER_BATCH = 64  # words in a batch of a peer
 # ------------------------------------------------------------------------------
@@ -58,8 +58,7 @@ def make_family(family: Path, shape: dict[str, int]) -> list[Path]:
     with torch.device("meta"):
         model = GPTNeoXForCausalLM(config)
     model = model.half().to_empty(device="cpu")
-    tokenizer = {"tokenizer_class": "GPTNeoXTokenizer", "bos_token": BOS, "eos_token": BOS, "unk_token": BOS}
-    folders = [family / f"step{step}" for step in STEPS]
+    folders = [family / "step0", family / "step1000"]
     for folder in folders:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -67,7 +66,7 @@ def make_family(family: Path, shape: dict[str, int]) -> list[Path]:
             else:
                 parameter.fill_(float(name.endswith("norm.weight")))
         save_checkpoint(model, folder)
-        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPTNeoXTokenizer"}')
     return folders
 
 
@@ -86,27 +85,19 @@ def seconds_for(action: Callable, *arguments: object) -> float:
     return time.perf_counter() - start
 
 
-def linear_seconds(layers: list[torch.nn.Linear], tokens: int) -> tuple[float, float]:
+def linear_seconds(layers: list[torch.nn.Linear], tokens: int) -> list[float]:
     """Seconds for the layers, each once: as torch multiplies by default, and as the script does."""
     inputs = {width: torch.randn(1, tokens, width) for width in {layer.in_features for layer in layers}}
-    best = [float("inf")] * 2
-    for _ in range(3):
-        for way, multiply in enumerate((torch.nn.Linear.forward, torch.nn.Linear.__call__)):
-            start = time.perf_counter()
-            for layer in layers:
-                multiply(layer, inputs[layer.in_features])
-            best[way] = min(best[way], time.perf_counter() - start)
-    return best[0], best[1]
+
+    def multiply_all(multiply: Callable) -> None:
+        for layer in layers:
+            multiply(layer, inputs[layer.in_features])
+
+    ways = (torch.nn.Linear.forward, torch.nn.Linear.__call__)
+    return [min(seconds_for(multiply_all, way) for _ in range(3)) for way in ways]
 
 
-def run_passes(script: ModuleType, model: GPTNeoXModel, folder: Path, trees: list[dict], texts: list[str]) -> None:
-    """The forward passes of a checkpoint whose weights are loaded already."""
-    with patch.object(script, "load_weights"), tqdm(disable=True) as progress:
-        for _ in script.unit_states(model, [folder], trees, texts, progress):
-            pass
-
-
-def naive_loop(folder: Path) -> Callable[[list[Text]], object]:
+def naive_loop(folder: str) -> Callable[[list[Text]], object]:
     """Loads the causal LM. Returns a function that runs it on a batch, here of one word."""
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -117,11 +108,11 @@ def naive_loop(folder: Path) -> Callable[[list[Text]], object]:
     return run
 
 
-def transformer_lens(folder: Path) -> Callable[[list[Text]], object]:
+def transformer_lens(folder: str) -> Callable[[list[Text]], object]:
     """The same through TransformerLens, which keeps the residual stream only."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    model = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
+    model = TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float32)
 
     def run(batch: list[Text]) -> torch.Tensor:
         tokens = torch.tensor([sequence for _, sequence in batch])
@@ -132,16 +123,15 @@ def transformer_lens(folder: Path) -> Callable[[list[Text]], object]:
     return run
 
 
-def minicons(folder: Path) -> Callable[[list[Text]], object]:
+def minicons(folder: str) -> Callable[[list[Text]], object]:
     """The same through minicons, which averages over the tokens of a word."""
     from minicons.cwe import CWE
 
-    model = CWE(str(folder), dtype=torch.float32)
+    model = CWE(folder, dtype=torch.float32)
 
     def run(batch: list[Text]) -> list[torch.Tensor]:
-        sentences = [BOS + text for text, _ in batch]
-        words = [(sentence, (sentence.rindex(" ") + 1, len(sentence))) for sentence in sentences]
-        return model.extract_representation(words, layer="all")
+        spans = [(BOS + text, (len(BOS) + 1, len(BOS + text))) for text, _ in batch]  # of the word, without its space
+        return model.extract_representation(spans, layer="all")
 
     return run
 
@@ -149,8 +139,9 @@ def minicons(folder: Path) -> Callable[[list[Text]], object]:
 WAYS = {"naive": (naive_loop, 1), "TransformerLens": (transformer_lens, PEER_BATCH), "minicons": (minicons, PEER_BATCH)}
 
 
-def time_way(name: str, folder: Path, texts: list[Text]) -> tuple[float, float]:
+def time_way(name: str, folder: str, texts_file: str) -> tuple[float, float]:
     """Seconds that one of WAYS takes to load a checkpoint, and for all texts, in batches of equal length."""
+    texts = json.loads(Path(texts_file).read_text(encoding="utf-8"))
     load, size = WAYS[name]
     start = time.perf_counter()
     run = load(folder)
@@ -175,7 +166,7 @@ def time_way_apart(python: str, name: str, folder: Path, texts_file: Path) -> tu
     command = [python, __file__, "--peer", name, folder, texts_file]
     process = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     if process.returncode:
-        return "not run: " + process.stderr.strip().splitlines()[-1]
+        return "not run: " + [f"exit code {process.returncode}", *process.stderr.strip().splitlines()][-1]
     return tuple(json.loads(process.stdout.splitlines()[-1]))
 
 
@@ -227,30 +218,27 @@ def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple
     trees = script.prefix_trees(sequences, cpu)
     layers = [layer for layer in model.layers.modules() if isinstance(layer, torch.nn.Linear)]
     before = linear_seconds(layers, script.BATCH_TOKENS)
-    passes = min(seconds_for(run_passes, script, model, folder, trees, texts) for _ in range(2))
+    with patch.object(script, "load_weights"), tqdm(disable=True) as progress:  # they are loaded
+        walks = (script.unit_states(model, [folder], trees, texts, progress) for _ in range(2))
+        passes = min(seconds_for(deque, walk, 0) for walk in walks)
     best = map(min, before, linear_seconds(layers, script.BATCH_TOKENS))
     per_prefix = 2e-9 * sum(layer.weight.numel() for layer in layers)  # GFLOP
     default_rate, rate = (per_prefix * script.BATCH_TOKENS / seconds for seconds in best)
-    work = per_prefix * count_prefixes(words)
-    reading, multiplying = gigabytes / disk, work / rate
+    count = count_prefixes(words)
+    reading, multiplying, by_default = gigabytes / disk, per_prefix * count / rate, per_prefix * count / default_rate
     source = "from disk" if disk < cache / 1.5 else "from the cache"
     print_table(
         (f"a checkpoint, {len(words)} words", ""),
-        ("matrix rate as torch multiplies by default", f"{default_rate:.0f} GFLOP/s"),
-        ("matrix rate through oneDNN, as the scripts multiply", f"{rate:.0f} GFLOP/s"),
+        ("matrix rate: oneDNN, as in the scripts; torch's default", f"{rate:.0f}; {default_rate:.0f} GFLOP/s"),
         (f"weights, read {source} (again, from the cache)", f"{gigabytes:.2f} GB, {disk:.2f} ({cache:.2f}) GB/s"),
-        (
-            "distinct prefixes (computed)",
-            f"{count_prefixes(words)} ({sum(len(tree['input_ids'][0]) for tree in trees)})",
-        ),
+        ("distinct prefixes; nodes computed", f"{count}; {sum(tree['input_ids'].numel() for tree in trees)}"),
         ("limit to read; to multiply", f"{reading:.2f} s; {multiplying:.2f} s"),
         ("loading the first; any other (from the cache)", f"{first_loading:.2f} s; {loading:.2f} s"),
         (f"passes, in {len(trees)} batches", f"{passes:.2f} s"),
-        ("matrix products in the passes, at the oneDNN rate", f"{multiplying / passes:.0%}"),
-        ("the same at torch's default rate", f"{work / default_rate / passes:.0%}"),
+        ("share of these rates that the passes reach", f"{multiplying / passes:.0%}; {by_default / passes:.0%}"),
         ("loading and passes over the limit", f"{(loading + passes) / max(reading, multiplying):.2f}"),
     )
-    return reading, multiplying / count_prefixes(words), loading, passes
+    return reading, multiplying / count, loading, passes
 
 
 def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None:
@@ -267,20 +255,20 @@ def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None
     variants, _ = sibling.choose_variants(sibling.read_contexts(tokenizer, config), tokenizer)
     texts = sorted({text for lists in variants.values() for texts in lists for text in texts})
     sentences = list(zip(texts, sibling.encode(tokenizer, texts), strict=True))
-    print(f"Pythia-{shape} shape, random float16 weights, computed in float32; {processor()},", end=" ")
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    print(f"Pythia-{shape} shape, random float16 weights, float32 arithmetic; {[*models, platform.processor()][0]},")
     print(f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads\n")
     reading, multiplying, *engine = measure_engine(script, final, words)
 
-    rows = [
-        ("end to end", "texts", "distinct prefixes", "seconds", "over the limit", "naive loop, s", "ratio", "peak GB")
-    ]
+    rows = [("end to end", "texts", "prefixes", "seconds", "over the limit", "naive loop, s", "ratio", "peak GB")]
     for name, texts in zip(SCRIPTS, (words, sentences), strict=True):
         (scratch / name).write_text(json.dumps(texts), encoding="utf-8")
         naive = time_way_apart(sys.executable, "naive", final, scratch / name)
         forget(folders)
         seconds, peak = run_script(name, scratch, family, words_per_group)
-        limit = len(folders) * max(reading, multiplying * count_prefixes(texts))
-        whole = len(folders) * sum(naive)
+        limit = 2 * max(reading, multiplying * count_prefixes(texts))
+        whole = 2 * sum(naive)
         row = (f"{name}.py", len(texts), count_prefixes(texts), seconds, f"{seconds / limit:.2f}", whole)
         rows.append((*row, whole / seconds, f"{peak:.2f}"))
         if texts is words:
@@ -289,22 +277,14 @@ def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None
     print_table(*rows)
 
     ways |= {name: time_way_apart(peers, name, final, scratch / SCRIPTS[0]) for name in ("TransformerLens", "minicons")}
-    rows = [
-        ("the same words", "loading, s", "passes, s", "ms a word", f"{len(folders)} checkpoints, s", "script's gain")
-    ]
+    rows = [("the same words", "loading, s", "passes, s", "ms a word", "both checkpoints, s", "over the script")]
     for name, seconds in ways.items():
         if isinstance(seconds, str):
             rows.append((name, seconds, "", "", "", ""))
             continue
-        whole = len(folders) * sum(seconds)
+        whole = 2 * sum(seconds)
         rows.append((name, *seconds, 1000 * seconds[1] / len(words), whole, whole / script_seconds))
     print_table(*rows)
-
-
-def processor() -> str:
-    file = Path("/proc/cpuinfo")
-    match = re.search(r"model name\s*: (.*)", file.read_text() if file.exists() else "")
-    return match[1] if match else platform.processor()
 
 
 def main() -> None:
@@ -315,8 +295,7 @@ def main() -> None:
     parser.add_argument("--peer", nargs=3, metavar=("NAME", "FOLDER", "TEXTS"), help="time one way, here")
     arguments = parser.parse_args()
     if arguments.peer:
-        name, folder, texts_file = arguments.peer
-        print(json.dumps(time_way(name, Path(folder), json.loads(Path(texts_file).read_text(encoding="utf-8")))))
+        print(json.dumps(time_way(*arguments.peer)))
         return
     with tempfile.TemporaryDirectory(prefix="benchmark_") as scratch:
         measure(arguments.shape, arguments.words, arguments.peers, Path(scratch))
