@@ -101,8 +101,10 @@ def first_line(error: Exception) -> str:
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is a string that is not blank and can be written as UTF-8."""
-    return isinstance(value, str) and value.strip() != "" and value == value.encode("utf-8", "ignore").decode("utf-8")
+    """Whether a value is a string that is not blank, has no NUL, and can be written as UTF-8."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return False
+    return value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
 def check_settings() -> None:
@@ -269,11 +271,14 @@ def read_contexts(tokenizer: Tokenizer, config: GPTNeoXConfig) -> dict[str, dict
     positions = config.max_position_embeddings
     wrong = []
     for word, entry in entries.items():
+        if not is_text(word) or not isinstance(entry, dict):
+            wrong.append(f"{word!r:.60} is no word with an object of sentences")
+            continue
         for kind, least in KINDS.items():
-            texts = entry.get(kind, []) if isinstance(entry, dict) else None
+            texts = entry.get(kind, [])
             if not isinstance(texts, list) or len(texts) < least:
                 wrong.append(f"{word!r:.60} needs a list of {least} or more {kind}")
-            elif not all(is_text(text) for text in (word, *texts)):
+            elif not all(is_text(text) for text in texts):
                 wrong.append(f"{word!r:.60} has {kind} that are no text")
             elif any(len(sequence) > positions for sequence in encode(tokenizer, texts)):
                 wrong.append(f"{word!r:.60} has {kind} that are longer than the model's {positions} positions")
@@ -290,26 +295,31 @@ def choose_variants(
     A size is a word's number of tokens. Left out, counted and named is what measures something else: a context that
     does not end in the word's tokens, a perturbed version that does not end in its last token, and the base again.
     """
-    chosen, sizes, left_out = {}, [], {kind: [] for kind in KINDS}
+    chosen, sizes, left_out = {}, [], {kind: {} for kind in KINDS}
     for word, entry in entries.items():
-        ending, base = encode(tokenizer, [" " + word, entry["sentences"][0]])
+        base_text, *contexts = entry["sentences"]
+        ending, base = encode(tokenizer, [" " + word, base_text])
         size = len(ending) - PREPEND_BOS
-        variants = [entry["sentences"][:1]]
-        for kind, shared in (("sentences", size), ("replaced_sentences", 1)):
-            texts = entry.get(kind, [])[len(variants[0]) * (kind == "sentences") :]
-            fitting = []
-            for text, sequence in zip(texts, encode(tokenizer, texts), strict=True):
-                if base[-size:] == ending[-size:] and sequence[-shared:] == ending[-shared:] and sequence != base:
-                    fitting.append(text)
+        variants = [[base_text]]
+        for kind, texts, shared in (
+            ("sentences", contexts, size),
+            ("replaced_sentences", entry.get("replaced_sentences", []), 1),
+        ):
+            fitting = [
+                text
+                for text, sequence in zip(texts, encode(tokenizer, texts), strict=True)
+                if base[-size:] == ending[-size:] and sequence[-shared:] == ending[-shared:] and sequence != base
+            ]
             if len(fitting) < len(texts):
-                left_out[kind].append(f"{len(texts) - len(fitting)} of {word}")
+                left_out[kind][word] = len(texts) - len(fitting)
             variants.append(fitting)
         if any(variants[1:]):
             chosen[word] = variants
             sizes.append(size)
-    for kind, named in left_out.items():
-        if named:
-            warn(f"{kind} that do not end in the tokens of their word are left out: {', '.join(named)}")
+    for kind, counts in left_out.items():
+        if counts:
+            named = ", ".join(f"{number} of {word}" for word, number in counts.items())
+            warn(f"{sum(counts.values())} {kind} that do not end in the tokens of their word are left out: {named}")
     if unmatched := [word for word in entries if word not in chosen]:
         warn(f"{len(unmatched)} of {len(entries)} words are left out, no variant remains: {', '.join(unmatched)}")
     if not chosen:

@@ -103,8 +103,10 @@ def first_line(error: Exception) -> str:
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is a string that is not blank and can be written as UTF-8."""
-    return isinstance(value, str) and value.strip() != "" and value == value.encode("utf-8", "ignore").decode("utf-8")
+    """Whether a value is a string that is not blank, has no NUL, and can be written as UTF-8."""
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        return False
+    return value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
 def check_settings() -> None:
