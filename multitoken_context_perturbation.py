@@ -738,7 +738,8 @@ def main() -> None:
     steps = list(checkpoints)
     row_of = {text: row for row, text in enumerate(texts)}
     words = [[[row_of[text] for text in texts] for texts in lists] for lists in variants.values()]
-    keys = contribution_keys(checkpoints, [words, sequences, DTYPE, device.type, config.to_json_string()])
+    inputs = [words, sequences, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
+    keys = contribution_keys(checkpoints, inputs)
     missing = {step: key for step, key in keys.items() if read_kept(kept / f"step{step}.npz", key) is None}
     if RANKS > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart

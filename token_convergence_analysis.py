@@ -746,7 +746,8 @@ def main() -> None:
     kept.mkdir(parents=True, exist_ok=True)
 
     steps = list(checkpoints)
-    keys = contribution_keys(checkpoints, [words, sequences, DTYPE, device.type, config.to_json_string()])
+    inputs = [words, sequences, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
+    keys = contribution_keys(checkpoints, inputs)
     missing = {step: key for step, key in keys.items() if read_kept(kept / f"step{step}.npz", key) is None}
     if RANKS > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart

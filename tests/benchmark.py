@@ -1,15 +1,14 @@
 """Measures both experiments against what the machine allows, and against other ways to the same hidden states.
 
 Run as `python tests/benchmark.py [--shape 70m|1b] [--words N] [--peers PYTHON]`, on a machine that does nothing
-else. It computes on the CPU in float32, on two checkpoints of random float16 weights in a temporary folder (4.1 GB
-for 1b), and prints Markdown tables. PYTHON is the interpreter of an environment made from
-tests/benchmark_requirements.txt, in which TransformerLens and minicons run.
+else: two checkpoints of random float16 weights in a temporary folder (4.1 GB for 1b), computed in float32 on the CPU.
+PYTHON is an interpreter with tests/benchmark_requirements.txt installed, which runs TransformerLens and minicons.
 
 The limit for a checkpoint is the longer of reading its weights and multiplying its matrices:
     max(bytes / bandwidth, 2 x weights of the linear layers x distinct prefixes / matrix rate).
-The matrix rate is that of the model's own linear layers, one after the other, at BATCH_TOKENS tokens. It is the best
-of six rounds, the engine's passes are the best of two; all else is timed once. The naive loop and the peers run for
-SAMPLE_SECONDS on batches in random order, and what all words take is extrapolated from that in proportion.
+The matrix rate is that of the model's own linear layers, one after the other, at BATCH_TOKENS tokens, the best of six
+rounds. The engine's passes are the best of two; all else is timed once. The naive loop and the peers work on batches
+in random order for SAMPLE_SECONDS; what they take for everything is extrapolated from that in proportion.
 """
 
 import argparse
@@ -31,9 +30,8 @@ from types import ModuleType
 from unittest.mock import patch
 
 import torch
-import transformers
 from tqdm import tqdm
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 # ------------------------------------------------------------------------------
 SHAPES = {
@@ -200,22 +198,18 @@ def count_prefixes(texts: list[Text]) -> int:
     return len({sequence[: end + 1] for _, sequence in texts for end in range(len(sequence))})
 
 
-def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple[float, float, float, float]:
-    """Measures machine and engine on one checkpoint, and prints the table.
-
-    Returns seconds: of the limit to read the weights, of the limit to multiply for a prefix, to load, of the passes.
-    """
+def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple[float, float]:
+    """Measures machine and engine on one checkpoint. Returns the limits: seconds to read, and to multiply a prefix."""
     gigabytes = sum(file.stat().st_size for file in script.weight_files(folder)) / 1e9
     forget([folder])
     disk, cache = (gigabytes / seconds_for(script.read_ahead, [folder]) for _ in range(2))
-    cpu = torch.device("cpu")
     start = time.perf_counter()
-    model = script.build_model(folder, cpu)
+    model = script.build_model(folder, torch.device("cpu"))
     script.load_weights(model, folder)
     first_loading = time.perf_counter() - start
     loading = seconds_for(script.load_weights, model, folder)
     texts, sequences = zip(*words, strict=True)
-    trees = script.prefix_trees(sequences, cpu)
+    trees = script.prefix_trees(sequences, torch.device("cpu"))
     layers = [layer for layer in model.layers.modules() if isinstance(layer, torch.nn.Linear)]
     before = linear_seconds(layers, script.BATCH_TOKENS)
     with patch.object(script, "load_weights"), tqdm(disable=True) as progress:  # they are loaded
@@ -234,11 +228,11 @@ def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple
         ("distinct prefixes; nodes computed", f"{count}; {sum(tree['input_ids'].numel() for tree in trees)}"),
         ("limit to read; to multiply", f"{reading:.2f} s; {multiplying:.2f} s"),
         ("loading the first; any other (from the cache)", f"{first_loading:.2f} s; {loading:.2f} s"),
-        (f"passes, in {len(trees)} batches", f"{passes:.2f} s"),
+        (f"passes, in {len(trees)} batches", f"{passes:.2f} s, {1000 * passes / len(words):.1f} ms a word"),
         ("share of these rates that the passes reach", f"{multiplying / passes:.0%}; {by_default / passes:.0%}"),
         ("loading and passes over the limit", f"{(loading + passes) / max(reading, multiplying):.2f}"),
     )
-    return reading, multiplying / count, loading, passes
+    return reading, multiplying / count
 
 
 def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None:
@@ -246,8 +240,7 @@ def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None
     sys.path.insert(0, str(ROOT))
     script, sibling = map(importlib.import_module, SCRIPTS)
     script.WORDS_PER_GROUP = words_per_group
-    family = scratch / f"random_{shape}"
-    folders = make_family(family, SHAPES[shape])
+    folders = make_family(scratch / f"random_{shape}", SHAPES[shape])
     final = folders[-1]
     config, tokenizer = script.read_final(final)
     _, texts, sequences, _ = script.draw_words(script.read_words(), tokenizer, config)
@@ -259,32 +252,32 @@ def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     print(f"Pythia-{shape} shape, random float16 weights, float32 arithmetic; {[*models, platform.processor()][0]},")
     print(f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads\n")
-    reading, multiplying, *engine = measure_engine(script, final, words)
+    reading, multiplying = measure_engine(script, final, words)
 
-    rows = [("end to end", "texts", "prefixes", "seconds", "over the limit", "naive loop, s", "ratio", "peak GB")]
+    rows = [("end to end", "texts", "prefixes", "seconds", "over the limit", "naive loop, s*", "ratio", "peak GB")]
     for name, texts in zip(SCRIPTS, (words, sentences), strict=True):
         (scratch / name).write_text(json.dumps(texts), encoding="utf-8")
         naive = time_way_apart(sys.executable, "naive", final, scratch / name)
         forget(folders)
-        seconds, peak = run_script(name, scratch, family, words_per_group)
+        seconds, peak = run_script(name, scratch, final.parent, words_per_group)
         limit = 2 * max(reading, multiplying * count_prefixes(texts))
         whole = 2 * sum(naive)
         row = (f"{name}.py", len(texts), count_prefixes(texts), seconds, f"{seconds / limit:.2f}", whole)
         rows.append((*row, whole / seconds, f"{peak:.2f}"))
         if texts is words:
             script_seconds = seconds
-            ways = {"one at a time, GPTNeoXForCausalLM": naive, "the script's engine": engine}
+            ways = {"one at a time, GPTNeoXForCausalLM": naive}
     print_table(*rows)
-
     ways |= {name: time_way_apart(peers, name, final, scratch / SCRIPTS[0]) for name in ("TransformerLens", "minicons")}
-    rows = [("the same words", "loading, s", "passes, s", "ms a word", "both checkpoints, s", "over the script")]
+    rows = [("the same words", "loading, s", "passes, s*", "ms a word", "both checkpoints, s*", "over the script")]
     for name, seconds in ways.items():
         if isinstance(seconds, str):
             rows.append((name, seconds, "", "", "", ""))
-            continue
-        whole = 2 * sum(seconds)
-        rows.append((name, *seconds, 1000 * seconds[1] / len(words), whole, whole / script_seconds))
+        else:
+            whole = 2 * sum(seconds)
+            rows.append((name, *seconds, 1000 * seconds[1] / len(words), whole, whole / script_seconds))
     print_table(*rows)
+    print(f"* extrapolated from {SAMPLE_SECONDS} s, where everything takes longer")
 
 
 def main() -> None:
@@ -302,7 +295,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     torch.set_grad_enabled(False)
     main()

@@ -1,4 +1,4 @@
-"""What every test may use: a trained family, and a place to run the scripts in."""
+"""What every test may use: a trained family."""
 
 from pathlib import Path
 

