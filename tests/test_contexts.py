@@ -60,7 +60,7 @@ def each_replacement(entries: dict) -> Iterator[tuple[str, str]]:
 
 
 def stem(word: str) -> str:
-    return re.sub(r"(ing|ed|es|s|ly|er|ers|ness|ment)$", "", word)
+    return re.sub(r"(ing|ed|es|s|ly|er|ers|ness|ment|e)$", "", word)
 
 
 def long_words(sentence: str) -> set[str]:

@@ -383,7 +383,7 @@ def test_killed_run_goes_on(main_run: Run, miniature: Path, tmp_path: Path) -> N
 
 
 def test_nothing_is_measured_twice(main_run: Run, miniature: Path, tmp_path: Path) -> None:
-    here = continued(main_run, tmp_path, BATCH_TOKENS=99)
+    here = continued(main_run, tmp_path)
     (here / "convergance_plots" / "miniature" / "overview.png").unlink()
     result = run(here, miniature)
     assert result.code == 0 and result.to_measure() == 0

@@ -432,10 +432,9 @@ def test_what_is_missing_is_empty(study: Run) -> None:
 
 def test_what_is_left_out_is_counted_and_named_once(study: Run) -> None:
     sentences, replaced, words, empty = study.warnings()
-    assert sentences.startswith("sentences ") and sentences.endswith(
-        ": 4 of ledge, 2 of mittens, 1 of mustache, 1 of spade"
-    )
-    assert replaced.startswith("replaced_sentences ") and replaced.endswith(": 2 of ledge, 1 of spade")
+    assert sentences.startswith("8 sentences ")
+    assert sentences.endswith(": 4 of ledge, 2 of mittens, 1 of mustache, 1 of spade")
+    assert replaced.startswith("3 replaced_sentences ") and replaced.endswith(": 2 of ledge, 1 of spade")
     assert words.startswith(f"2 of {len(STUDY) + 2} words ") and words.endswith(": mustache, spade")
     without = [word for word, entry in STUDY.items() if "replaced_sentences" not in entry]
     assert empty.startswith(f"P2 is empty for {len(without)} of {len(STUDY)} words")
@@ -553,7 +552,7 @@ BAD = {  # word: (entry, what is said of it)
     "lonely": ({"sentences": TWO[:1]}, "list of 2 or more sentences"),
     "null": ({"sentences": None}, "list of 2 or more sentences"),
     "string": ({"sentences": "It was a string"}, "list of 2 or more sentences"),
-    "list": (TWO, "list of 2 or more sentences"),
+    "list": (TWO, "no word with an object"),
     "number": ({"sentences": [*TWO, 7]}, "sentences that are no text"),
     "blank": ({"sentences": ["It was a blank", " \n"]}, "sentences that are no text"),
     "surrogate": ({"sentences": ["It was \udcff", *TWO]}, "sentences that are no text"),
@@ -564,9 +563,10 @@ BAD = {  # word: (entry, what is said of it)
         {"sentences": TWO, "replaced_sentences": ["word " * 300 + "ledge"]},
         "replaced_sentences that are longer than the model's 256 positions",
     ),
-    "": ({"sentences": TWO}, ""),
-    "\udcff": ({"sentences": TWO}, ""),
-    "x" * 300: ({"sentences": []}, ""),
+    "": ({"sentences": TWO}, "no word"),
+    "\udcff": ({"sentences": TWO}, "no word"),
+    "nul\0": ({"sentences": TWO}, "no word"),
+    "x" * 300: ({"sentences": []}, "list of 2 or more sentences"),
 }
 ERRORS = {  # name: (contexts, settings, what the line says)
     "no file": (DOZEN, {"CONTEXTS_FILE": "absent.json"}, ["absent.json", "cannot be read", '"sentences": [...]']),
@@ -619,8 +619,8 @@ def test_error_is_one_line_that_helps(failures: dict[str, Future[Run]], name: st
 
 def test_every_bad_entry_is_named(failures: dict[str, Future[Run]]) -> None:
     line = error_line(failures["bad entries"].result())
-    named = line.split(" lists of sentences: ")[1].split("; ")
-    assert f"mend or remove {len(named)} lists" in line
+    named = re.split(r"mend or remove \d+ [a-z ]+: ", line)[1].split("; ")
+    assert len(named) == len(BAD) and f"mend or remove {len(named)} " in line
     for word, (_, fault) in BAD.items():
         assert any(text.startswith(f"{word!r:.60} ") and fault in text for text in named), (word, named)
     assert len(token_ids(LONGEST)) == 255 and not any("'ledge'" in text for text in named)
