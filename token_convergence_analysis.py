@@ -303,7 +303,7 @@ def draw_words(
             warn(f"{WORDS_FILE} has {len(group)} words of {tokens_name(size)}, fewer than MIN_GROUP_SIZE: left out")
             continue
         if size + PREPEND_BOS > config.max_position_embeddings:
-            fail(f"{tokens_name(size)} and {BOS} do not fit {config.max_position_embeddings} positions: change GROUPS")
+            fail(f"words of {tokens_name(size)} do not fit {config.max_position_embeddings} positions: change GROUPS")
         if WORDS_PER_GROUP is not None and len(group) > WORDS_PER_GROUP:
             chosen = np.random.default_rng([SEED, size]).choice(len(group), WORDS_PER_GROUP, replace=False)
             group = [group[index] for index in chosen]
