@@ -38,7 +38,7 @@ SHAPES = {
     "70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
     "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8, "intermediate_size": 8192},
 }
-SAMPLE_SECONDS = 40  # for the naive loop and each peer, which end earlier if they have done all words
+SAMPLE_SECONDS = 25  # for the naive loop and each peer, which end earlier if they have done all words
 PEER_BATCH = 64  # words in a batch of a peer
 # ------------------------------------------------------------------------------
 
