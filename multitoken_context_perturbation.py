@@ -283,7 +283,7 @@ def read_contexts(tokenizer: Tokenizer, config: GPTNeoXConfig) -> dict[str, dict
             elif any(len(sequence) > positions for sequence in encode(tokenizer, texts)):
                 wrong.append(f"{word!r:.60} has {kind} that are longer than the model's {positions} positions")
     if wrong:
-        fail(f"{file}: {len(wrong)} entries to mend or remove: {'; '.join(wrong)}")
+        fail(f"{file}: mend or remove {len(wrong)} entries: {'; '.join(wrong)}")
     return entries
 
 
