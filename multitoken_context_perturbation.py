@@ -56,7 +56,7 @@ CONTEXTS_FILE = "multitoken_words_contexts.json"  # {word: {"sentences": [...], 
 WORDS_TO_PLOT = 20  # words with a figure of their own: how many, drawn at random, or a list such as ["lighthouse"]
 PREPEND_BOS = True  # read a sentence after <|endoftext|>, as a document begins in training
 # model
-DTYPE = "float32"  # of weights and matrix products: "float32", "bfloat16" or "float16"
+DTYPE = "float32"  # of the linear layers: "float32", "bfloat16" or "float16"; all else is float32
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
 BATCH_TOKENS = 256  # tokens in a forward pass
 # statistics

@@ -64,7 +64,7 @@ MIN_GROUP_SIZE = 10  # words; a smaller group is left out
 LEADING_SPACE = True  # tokenize a word as it stands in running text
 PREPEND_BOS = True  # read it after <|endoftext|>, away from the attention sink at position 0
 # model
-DTYPE = "float32"  # of weights and matrix products: "float32", "bfloat16" or "float16"
+DTYPE = "float32"  # of the linear layers: "float32", "bfloat16" or "float16"; all else is float32
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
 BATCH_TOKENS = 256  # tokens in a forward pass
 # statistics
