@@ -787,20 +787,10 @@ if __name__ == "__main__":
     try:
         with torch.inference_mode():
             main()
-    except SystemExit as end:
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
-            raise SystemExit(2) from None
-        raise
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, and the next run goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
-        print(
-            f"error: {first_line(error)} Lower BATCH_TOKENS or WORDS_PER_GROUP; what was measured is kept",
-            file=sys.stderr,
-        )
-        raise SystemExit(2) from None
+        fail(f"{first_line(error)} Lower BATCH_TOKENS or WORDS_PER_GROUP; what was measured is kept")
     except OSError as error:
-        print(f"error: {error}; what was measured is kept, run again when it can be written", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(f"{error}; what was measured is kept, run again when it can be written")
