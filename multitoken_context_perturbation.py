@@ -96,8 +96,9 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error: Exception) -> str:
+    text = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def is_text(value: object) -> bool:
@@ -114,6 +115,7 @@ def check_settings() -> None:
         return type(value) is int and value >= least
 
     words_right = is_whole(WORDS_TO_PLOT, 0) or (isinstance(WORDS_TO_PLOT, list) and all(map(is_text, WORDS_TO_PLOT)))
+    resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 100_000
     for name, right, expected in (
         ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
         ("RESULTS_DIR", is_text(RESULTS_DIR), "the name of a folder"),
@@ -124,7 +126,7 @@ def check_settings() -> None:
         ("DEVICE", is_text(DEVICE), '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
         ("BATCH_TOKENS", is_whole(BATCH_TOKENS, 1), "a number of at least 1"),
         ("SEED", is_whole(SEED, 0), "a number of at least 0"),
-        ("BOOTSTRAP_RESAMPLES", is_whole(BOOTSTRAP_RESAMPLES, 1), "a number of at least 1"),
+        ("BOOTSTRAP_RESAMPLES", resamples_right, "a number from 1 to 100000"),
     ):
         if not right:
             fail(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
@@ -139,7 +141,7 @@ def choose_device() -> torch.device:
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        fail(f'DEVICE = {DEVICE!r} cannot be used here ({first_line(error)}): set it to "auto" or "cpu"')
+        fail(f'DEVICE = {DEVICE!r} cannot be used here ({one_line(error)}): set it to "auto" or "cpu"')
     if device.type not in ("cuda", "mps", "cpu"):
         fail(f'DEVICE = {DEVICE!r}: expected "auto", "cpu", "cuda", "cuda:1" or "mps"')
     return device
@@ -174,7 +176,7 @@ def read_json(file: Path, expected: str) -> dict:
     except json.JSONDecodeError as error:
         fail(f"{file}, line {error.lineno}: not JSON ({error.msg}); expected {expected}")
     except (ValueError, RecursionError) as error:
-        fail(f"{file}: not JSON ({first_line(error)}); expected {expected}")
+        fail(f"{file}: not JSON ({one_line(error)}); expected {expected}")
     if not isinstance(content, dict) or not content:
         found = "an empty object" if content == {} else f"a {type(content).__name__}"
         fail(f"{file}, line 1: found {found}, expected {expected}")
@@ -187,13 +189,13 @@ def naming(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{file.name}: {first_line(error)}") from error
+        raise ValueError(f"{file.name}: {one_line(error)}") from error
 
 
 def read_config(folder: Path) -> GPTNeoXConfig:
     """The configuration of a checkpoint. Raises ValueError if it is not one of a GPT-NeoX model."""
     with naming(folder / "config.json"):
-        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        model_type = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("model_type")
         if model_type != "gpt_neox":
             raise ValueError(f"the architecture is {model_type}, expected gpt_neox")
         return GPTNeoXConfig.from_pretrained(folder)
@@ -215,7 +217,7 @@ def read_final(folder: Path) -> tuple[GPTNeoXConfig, Tokenizer]:
     try:
         return read_config(folder), read_tokenizer(folder)
     except Exception as error:  # whatever the readers raise, there is nothing to compare with
-        fail(f"fetch or train again, or remove, what cannot be used: {folder}: {first_line(error)}")
+        fail(f"fetch or train again, or remove, what cannot be used: {folder}: {one_line(error)}")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -225,8 +227,9 @@ def weight_files(folder: Path) -> list[Path]:
     if name is None:
         raise FileNotFoundError(f"it has no weights, expected {names[0]} or {names[2]}")
     if name.endswith(".index.json"):
-        shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / shard for shard in sorted(set(shards))]
+        with naming(folder / name):
+            shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / shard for shard in sorted(set(shards))]
     return [folder / name]
 
 
@@ -247,7 +250,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def read_ahead(folders: list[Path]) -> None:
     """Reads the weights of checkpoints once, so that the operating system has them in memory when they are loaded."""
-    with suppress(OSError):  # what is wrong with a file is said when it is loaded
+    with suppress(OSError, ValueError):  # what is wrong with a file is said when it is loaded
         for file in (file for folder in folders for file in weight_files(folder)):
             with file.open("rb") as stream:
                 while stream.read(2**24):
@@ -334,8 +337,7 @@ def check_checkpoint(
 ) -> str:
     """Checks that a checkpoint is whole and of the final one's kind, or raises an exception that says why not.
 
-    Returns a digest of some values of each weight matrix. Training changes every matrix, so checkpoints with
-    the same digest carry the same weights.
+    Returns a digest of one row of weights: checkpoints with different digests carry different weights.
     """
     own_config = read_config(folder)
     for name in ARCHITECTURE:
@@ -347,18 +349,24 @@ def check_checkpoint(
             if own != expected:
                 raise ValueError(f"its tokenizer reads {text!r} as {own}, that of {final.name} as {expected}")
     weights = read_weights(folder)
+    if not 0 < config.num_hidden_layers <= len(weights):  # said here, since to build such a model might take for ever
+        raise ValueError(f"its config has {config.num_hidden_layers} layers, its weights {len(weights)} tensors")
     with torch.device("meta"):
         parameters = dict(GPTNeoXModel(config).named_parameters())
-    digest = hashlib.sha256()
     for name, parameter in parameters.items():
-        if name not in weights:
+        tensor = weights.get(name)
+        if not isinstance(tensor, torch.Tensor):
             raise ValueError(f"its weights lack the tensor {name}")
-        if weights[name].shape != parameter.shape or not weights[name].is_floating_point():
-            found = f"{weights[name].dtype} {tuple(weights[name].shape)}"
+        if tensor.shape != parameter.shape or not tensor.is_floating_point():
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"its tensor {name} is {found}, expected floating point {tuple(parameter.shape)}")
-        if parameter.ndim == 2:
-            digest.update(weights[name].flatten()[:64].float().numpy().tobytes())
-    return digest.hexdigest()
+    row = weights["layers.0.attention.query_key_value.weight"][0].float()
+    return hashlib.sha256(row.numpy().tobytes()).hexdigest()
+
+
+def same_weights(folder: Path, other: Path) -> bool:
+    weights, others = read_weights(folder), read_weights(other)
+    return all(torch.equal(weights[name].float(), others[name].float()) for name in weights.keys() & others.keys())
 
 
 def check_checkpoints(
@@ -376,12 +384,13 @@ def check_checkpoints(
         try:
             steps_by_digest[check_checkpoint(folder, final, config, texts, sequences)].append(step)
         except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
-            unusable.append(f"{folder}: {first_line(error)}")
+            unusable.append(f"{folder}: {one_line(error)}")
     if unusable:
         fail(f"fetch or train again, or remove, what cannot be used: {'; '.join(unusable)}")
-    for steps in steps_by_digest.values():
-        if len(steps) > 1:
-            warn(f"steps {', '.join(map(str, steps))} have identical weights: the curves stand still between them")
+    for first, *others in steps_by_digest.values():
+        same = [first, *(step for step in others if same_weights(checkpoints[first], checkpoints[step]))]
+        if len(same) > 1:
+            warn(f"steps {', '.join(map(str, same))} have identical weights: the curves stand still between them")
 
 
 def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -786,6 +795,6 @@ if __name__ == "__main__":
         print("interrupted: what was measured is kept, and the next run goes on from there", file=sys.stderr)
         raise SystemExit(130) from None
     except torch.OutOfMemoryError as error:
-        fail(f"{first_line(error)} Lower BATCH_TOKENS; what was measured is kept")
+        fail(f"{one_line(error)} Lower BATCH_TOKENS; what was measured is kept")
     except OSError as error:
-        fail(f"{error}; what was measured is kept, run again when it can be written")
+        fail(f"{error}: make room, or set another RESULTS_DIR, and run again; what was measured is kept")

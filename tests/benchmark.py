@@ -3,6 +3,7 @@
 Run as `python tests/benchmark.py [--shape 70m|1b] [--words N] [--peers PYTHON]`, on a machine that does nothing
 else: two checkpoints of random float16 weights in a temporary folder (4.1 GB for 1b), computed in float32 on the CPU.
 PYTHON is an interpreter with tests/benchmark_requirements.txt installed, which runs TransformerLens and minicons.
+With --growth it measures instead how seconds and memory of the first experiment grow with the number of words.
 
 The limit for a checkpoint is the longer of reading its weights and multiplying its matrices:
     max(bytes / bandwidth, 2 x weights of the linear layers x distinct prefixes / matrix rate).
@@ -40,6 +41,7 @@ SHAPES = {
 }
 SAMPLE_SECONDS = 25  # for the naive loop and each peer, which end earlier if they have done all words
 PEER_BATCH = 64  # words in a batch of a peer
+GROWTH = (125, 594, 2690, None)  # words a group that make about 500, 2,000, 8,000 and 32,000 words; None = all
 # ------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,7 +170,7 @@ def time_way_apart(python: str, name: str, folder: Path, texts_file: Path) -> tu
     return tuple(json.loads(process.stdout.splitlines()[-1]))
 
 
-def run_script(name: str, folder: Path, family: Path, words: int) -> tuple[float, float]:
+def run_script(name: str, folder: Path, family: Path, words: int | None) -> tuple[float, float]:
     """Seconds and peak anonymous memory (GB; NaN where there is no /proc) of a script as a process, in a copy."""
     source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
     for setting, value in {"WORDS_PER_GROUP": words, "DEVICE": '"cpu"'}.items():
@@ -235,12 +237,10 @@ def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple
     return reading, multiplying / count
 
 
-def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None:
-    """Measures everything, and prints the tables."""
-    sys.path.insert(0, str(ROOT))
+def measure(folders: list[Path], words_per_group: int, peers: str, scratch: Path) -> None:
+    """Measures the machine, the engine, both scripts and the other ways."""
     script, sibling = map(importlib.import_module, SCRIPTS)
     script.WORDS_PER_GROUP = words_per_group
-    folders = make_family(scratch / f"random_{shape}", SHAPES[shape])
     final = folders[-1]
     config, tokenizer = script.read_final(final)
     _, texts, sequences, _ = script.draw_words(script.read_words(), tokenizer, config)
@@ -248,10 +248,6 @@ def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None
     variants, _ = sibling.choose_variants(sibling.read_contexts(tokenizer, config), tokenizer)
     texts = sorted({text for lists in variants.values() for texts in lists for text in texts})
     sentences = list(zip(texts, sibling.encode(tokenizer, texts), strict=True))
-    cpuinfo = Path("/proc/cpuinfo")
-    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    print(f"Pythia-{shape} shape, random float16 weights, float32 arithmetic; {[*models, platform.processor()][0]},")
-    print(f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads\n")
     reading, multiplying = measure_engine(script, final, words)
 
     rows = [("end to end", "texts", "prefixes", "seconds", "over the limit", "naive loop, s*", "ratio", "peak GB")]
@@ -280,18 +276,43 @@ def measure(shape: str, words_per_group: int, peers: str, scratch: Path) -> None
     print(f"* extrapolated from {SAMPLE_SECONDS} s, where everything takes longer")
 
 
+def measure_growth(folders: list[Path], scratch: Path) -> None:
+    """Measures the first experiment with more and more words of the list."""
+    script = importlib.import_module(SCRIPTS[0])
+    rows = [("words a group", "words", "distinct prefixes", "seconds", "peak GB")]
+    final = folders[-1]
+    config, tokenizer = script.read_final(final)
+    for script.WORDS_PER_GROUP in GROWTH:
+        _, texts, sequences, _ = script.draw_words(script.read_words(), tokenizer, config)
+        seconds, peak = run_script(SCRIPTS[0], scratch, final.parent, script.WORDS_PER_GROUP)
+        count = count_prefixes(list(zip(texts, sequences, strict=True)))
+        rows.append((script.WORDS_PER_GROUP or "all", len(texts), count, seconds, f"{peak:.2f}"))
+    print_table(*rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="70m", help="shape of the model [%(default)s]")
     parser.add_argument("--words", type=int, default=500, help="words a group [%(default)s]")
     parser.add_argument("--peers", default=sys.executable, help="interpreter that has the peers [this one]")
+    parser.add_argument("--growth", action="store_true", help="measure how cost grows with the number of words")
     parser.add_argument("--peer", nargs=3, metavar=("NAME", "FOLDER", "TEXTS"), help="time one way, here")
     arguments = parser.parse_args()
     if arguments.peer:
         print(json.dumps(time_way(*arguments.peer)))
         return
-    with tempfile.TemporaryDirectory(prefix="benchmark_") as scratch:
-        measure(arguments.shape, arguments.words, arguments.peers, Path(scratch))
+    sys.path.insert(0, str(ROOT))
+    cpuinfo = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    print(f"Pythia-{arguments.shape} shape, random float16 weights, float32; {[*models, platform.processor()][0]},")
+    print(f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads\n", flush=True)
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
+        scratch = Path(folder)
+        folders = make_family(scratch / f"random_{arguments.shape}", SHAPES[arguments.shape])
+        if arguments.growth:
+            measure_growth(folders, scratch)
+        else:
+            measure(folders, arguments.words, arguments.peers, scratch)
 
 
 if __name__ == "__main__":

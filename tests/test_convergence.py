@@ -585,48 +585,6 @@ def break_checkpoints(miniature: Path, folder: Path) -> list[tuple[str, list[str
 
 
 EASY = dict.fromkeys(ONE_TOKEN, 1)
-ERRORS = {  # name: (arguments, words, settings, what the line says)
-    "no family": (["absent"], EASY, {}, ["absent", "`python download_checkpoints.py`", "`python tests/miniature.py`"]),
-    "empty family": (["empty"], EASY, {}, ["empty", "no checkpoint", "step0"]),
-    "unknown option": (["whole", "--nonsense"], EASY, {}, ["--nonsense"]),
-    "final checkpoint without config": (["no_config"], EASY, {}, ["no_config/step32", "config.json", "fetch"]),
-    "final checkpoint without tokenizer": (["no_tokenizer"], EASY, {}, ["no_tokenizer/step32", "tokenizer.json"]),
-    "words are no JSON": (["whole"], '{"one": 1,\n "two": 2,\n three}', {}, ["words_list.json, line 3", '{"word":']),
-    "words are no object": (["whole"], ["one", "two"], {}, ["words_list.json, line 1", "list", "expected an object"]),
-    "no words": (["whole"], {}, {}, ["words_list.json, line 1", "empty", "expected an object"]),
-    "unusable words": (
-        *(["whole"], EASY | {"two words": 1, "": 1, "text": "often", "\ud800": 1, "yes": True}, {}),
-        ["words_list.json", "'two words': 1", "'': 1", "'text': 'often'", "ud800", "'yes': True"],
-    ),
-    "no group is large enough": (["whole"], EASY, {"GROUPS": (2, 3)}, ["words_list.json", "MIN_GROUP_SIZE = 10"]),
-    "too long words": (
-        *(["whole"], {"q-" * 150: 1, "q-" * 149 + "r-": 1}, {"GROUPS": (300,), "MIN_GROUP_SIZE": 2}),
-        ["300 tokens", "256 positions"],
-    ),
-    "no groups": (["whole"], EASY, {"GROUPS": ()}, ["GROUPS = ()", "expected"]),
-    "negative batch": (["whole"], EASY, {"BATCH_TOKENS": -1}, ["BATCH_TOKENS = -1", "at least 1"]),
-    "unknown type": (["whole"], EASY, {"DTYPE": "float8"}, ["DTYPE = 'float8'", '"bfloat16"']),
-    "unknown device": (["whole"], EASY, {"DEVICE": "abacus"}, ["DEVICE = 'abacus'", '"cpu"']),
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def failures(
-    pool: ThreadPoolExecutor, miniature: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Future[Run]]:
-    """The runs of ERRORS."""
-    families, places = tmp_path_factory.mktemp("families"), tmp_path_factory.mktemp("places")
-    (families / "empty" / "step5.partial").mkdir(parents=True)
-    link(miniature, families / "whole", [0, 32])
-    for name, file in (("no_config", "config.json"), ("no_tokenizer", "tokenizer.json")):
-        (link(miniature, families / name, [0, 32]) / "step32" / file).unlink()
-
-    def fail(name: str) -> Run:
-        arguments, words, settings, _ = ERRORS[name]
-        paths = [argument if argument.startswith("-") else families / argument for argument in arguments]
-        return run(place(places / name, words, **settings), *paths)
-
-    return {name: pool.submit(fail, name) for name in ERRORS}
 
 
 def error_line(result: Run) -> str:
@@ -636,15 +594,6 @@ def error_line(result: Run) -> str:
     errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert errors == [result.err.splitlines()[-1]], result.err
     return errors[0]
-
-
-@pytest.mark.parametrize("name", ERRORS)
-def test_error_is_one_line_that_helps(failures: dict[str, Future[Run]], name: str) -> None:
-    result = failures[name].result()
-    line = error_line(result)
-    for part in ERRORS[name][-1]:
-        assert part in line
-    assert not (result.results.parents[1] / "convergance_plots").exists()
 
 
 def test_every_unusable_checkpoint_is_named(main_run: Run, miniature: Path, tmp_path: Path) -> None:

@@ -569,8 +569,6 @@ BAD = {  # word: (entry, what is said of it)
     "x" * 300: ({"sentences": []}, "list of 2 or more sentences"),
 }
 ERRORS = {  # name: (contexts, settings, what the line says)
-    "no file": (DOZEN, {"CONTEXTS_FILE": "absent.json"}, ["absent.json", "cannot be read", '"sentences": [...]']),
-    "no JSON": ('{"noodle": {\n"sentences": [,]}}', {}, [f"{CONTEXTS_FILE.name}, line 2", "not JSON", '{"word": ']),
     "bad entries": (
         {"ledge": {"sentences": [*TWO, LONGEST]}} | {word: entry for word, (entry, _) in BAD.items()},
         {},
@@ -581,8 +579,6 @@ ERRORS = {  # name: (contexts, settings, what the line says)
         {},
         [CONTEXTS_FILE.name, "no word is left", "end in their word"],
     ),
-    "negative number of words to plot": (DOZEN, {"WORDS_TO_PLOT": -1}, ["WORDS_TO_PLOT = -1", "at least 0"]),
-    "words to plot are no words": (DOZEN, {"WORDS_TO_PLOT": ["ledge", 7]}, ["WORDS_TO_PLOT = ['ledge', 7]", "list"]),
 }
 
 
