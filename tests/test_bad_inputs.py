@@ -251,7 +251,10 @@ CASES = {
         width_is_a_word=(config(hidden_size="wide"), ["step32", "hidden_size"]),
         width_is_huge=(config(hidden_size=10**12), ["step0"]),
         no_heads=(config(num_attention_heads=0), ["step32", "config.json"]),
-        heads_do_not_divide_the_width=(config(num_attention_heads=7), ["step32", "config.json", "heads (7)"]),
+        heads_do_not_divide_the_width=(
+            config(num_attention_heads=7),
+            ["step32", "config.json", "number of attention heads"],
+        ),
         a_million_layers=(config(num_hidden_layers=10**6), ["step0", "1000000 layers"]),
         no_layers=(config(num_hidden_layers=0), ["step0", "0 layers"]),
         minus_one_layer=(config(num_hidden_layers=-1), ["step0", "-1 layers"]),

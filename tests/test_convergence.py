@@ -414,6 +414,17 @@ def test_added_checkpoint_with_identical_weights(main_run: Run, miniature: Path,
         assert rows[group, 16, layer] == pytest.approx(before[group, 16, layer], abs=2e-6)
 
 
+def test_weights_that_differ_in_one_value_are_not_identical(miniature: Path, tmp_path: Path) -> None:
+    family = link(miniature, tmp_path / "nearly", {1: 8, 2: 8, 4: 8})
+    file = family / "step2" / "model.safetensors"
+    weights = load_file(file)
+    weights["gpt_neox.layers.5.mlp.dense_4h_to_h.weight"][-1, -1] += 0.5
+    write(file, weights)
+    result = run(place(tmp_path / "here", EASY, GROUPS=(1,), BOOTSTRAP_RESAMPLES=10), family)
+    assert result.code == 0
+    assert "warning: steps 1, 4 have identical weights" in result.err
+
+
 def test_changed_weights_and_broken_kept_files_are_measured_again(
     main_run: Run, miniature: Path, tmp_path: Path
 ) -> None:
