@@ -61,11 +61,12 @@ def warn(message: str) -> None:
 
 
 def check_settings() -> None:
-    """Ends the run if a constant makes no sense."""
+    """Ends the run at the first setting that makes no sense."""
     steps = list(STEPS) if isinstance(STEPS, (list, tuple, range)) else []
+    model_right = isinstance(MODEL_ID, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", MODEL_ID, re.ASCII)
     whole_steps = all(type(step) is int and step >= 0 for step in steps)
     for name, right, rule in (
-        ("MODEL_ID", re.fullmatch(r"[\w.-]+(/[\w.-]+)?", f"{MODEL_ID or ''}", re.ASCII), "a model's name on the hub"),
+        ("MODEL_ID", model_right, "a model's name on the hub"),
         ("STEPS", steps and whole_steps and len(set(steps)) == len(steps), "a list of different training steps"),
         ("CHECKPOINTS_DIR", isinstance(CHECKPOINTS_DIR, str) and CHECKPOINTS_DIR.strip(), "a folder's name"),
         ("DOWNLOADS_AT_ONCE", type(DOWNLOADS_AT_ONCE) is int and DOWNLOADS_AT_ONCE > 0, "a whole number above 0"),
@@ -88,12 +89,12 @@ def one_line_log(record: logging.LogRecord) -> bool:
     return True
 
 
-def names(steps: list[int]) -> str:
+def step_names(steps: list[int]) -> str:
     """'step0, step16, step64', cut after twelve."""
     return ", ".join([f"step{step}" for step in steps[:12]] + [f"{len(steps) - 12} more"] * (len(steps) > 12))
 
 
-def passes(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether another try may help: not if the request, the answer or this machine (an errno) is wrong."""
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
@@ -116,12 +117,12 @@ def explain(error: Exception) -> str:
         text = "offline mode is on: unset HF_HUB_OFFLINE"
     elif getattr(error, "errno", None) in (EDQUOT, EFBIG, ENOSPC):
         text = f"the disk is full ({os.strerror(error.errno)}): make room and run again"
-    elif passes(error):
+    elif is_transient(error):
         text = f"the connection to {hub} failed ({text}): check the network, HF_ENDPOINT and the proxy"
     return one_line(text)
 
 
-def persist(work: Callable[..., Any], step: int, *more: Any) -> Any:
+def with_retries(work: Callable[..., Any], step: int, *more: Any) -> Any:
     """work(step, *more), tried TRIES times unless the error will not pass; the library gives up at a 503 or a reset."""
     for tried in range(1, TRIES + 1):
         try:
@@ -130,7 +131,7 @@ def persist(work: Callable[..., Any], step: int, *more: Any) -> Any:
             error = raised  # or what it wraps, as 'not found on this disk' wraps 'the hub answers 503'
             if isinstance(raised.__cause__, Exception) and not isinstance(raised, errors.HfHubHTTPError):
                 error = raised.__cause__
-            if tried == TRIES or not passes(error):
+            if tried == TRIES or not is_transient(error):
                 raise error from None
             headers = error.response.headers if isinstance(error, errors.HfHubHTTPError) else {}
             limit = parse_ratelimit_headers(headers)
@@ -147,7 +148,7 @@ def recorded(step: int, folder: Path) -> dict[str, list]:
     try:
         record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
         model, revision, files = record["model"], record["revision"], record["files"]
-    except (OSError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
     if model != MODEL_ID:
         fail(f"{checkpoint} is a checkpoint of {model}, not of {MODEL_ID}: set another CHECKPOINTS_DIR")
@@ -193,8 +194,8 @@ def report_identical(published: dict[int, dict[str, list]]) -> None:
         same.setdefault(hashes, []).append(step)
     for steps in (sorted(steps) for steps in same.values() if len(steps) > 1):
         warn(
-            f"{names(steps)} carry byte-identical weights: they are one checkpoint under {len(steps)} names, so no "
-            "curve changes between them, whatever training did; believe at most one of them"
+            f"{step_names(steps)} carry byte-identical weights: they are one checkpoint under {len(steps)} names, so "
+            "no curve changes between them, whatever training did; believe at most one of them"
         )
 
 
@@ -257,21 +258,21 @@ def fetch(step: int, commit: str, files: dict[str, list], folder: Path) -> str:
 
 def fetch_all(plan: dict[int, tuple[str, dict[str, list]]], folder: Path) -> dict[int, str]:
     """Fetches checkpoints {step: (commit, files)}, DOWNLOADS_AT_ONCE at a time; returns {step: state}."""
-    lock = folder / ".partial" / "lock"
+    unfinished = folder / ".partial"
     with ExitStack() as held:
         try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(WeakFileLock(lock, timeout=0.5))
+            unfinished.mkdir(parents=True, exist_ok=True)
+            held.enter_context(WeakFileLock(unfinished / "lock", timeout=0.5))
         except TimeoutError:
             print(f"another run fetches into {folder}: waiting for its end", flush=True)
-            held.enter_context(WeakFileLock(lock))
+            held.enter_context(WeakFileLock(unfinished / "lock"))
         except OSError as error:
             fail(f"cannot write into {folder} ({error.strerror}): set another CHECKPOINTS_DIR")
         remove_fragments(folder)
         todo = {step: plan[step] for step in plan if not recorded(step, folder)}  # another run may have fetched some
         total = sum(size for _, files in todo.values() for size, _ in files.values()) / 1e9
         left = sum(
-            min(bytes_left(files, place / f"step{step}") for place in (folder, lock.parent)) / 1e9
+            min(bytes_left(files, place / f"step{step}") for place in (folder, unfinished)) / 1e9
             for step, (_, files) in todo.items()
         )
         free = shutil.disk_usage(folder).free / 1e9
@@ -281,7 +282,7 @@ def fetch_all(plan: dict[int, tuple[str, dict[str, list]]], folder: Path) -> dic
 
         def state_of(step: int) -> str:
             try:
-                return persist(fetch, step, *todo[step], folder)
+                return with_retries(fetch, step, *todo[step], folder)
             except Exception as error:  # of whatever kind: the other checkpoints go on
                 return f"not whole: {explain(error)}"
 
@@ -308,7 +309,7 @@ def run() -> None:
     plan = {}
     for step in missing:
         try:
-            plan[step] = persist(look_up, step)
+            plan[step] = with_retries(look_up, step)
             published[step] = plan[step][1]
         except errors.RevisionNotFoundError:
             states[step] = "not published"
@@ -316,7 +317,7 @@ def run() -> None:
             states[step] = f"not usable: {error}"
         except Exception as error:
             if not isinstance(error, errors.HfHubHTTPError) or error.response.status_code < 500:
-                fail(f"{explain(error)}; not whole yet: {names(missing)}")  # the other look-ups would end the same
+                fail(f"{explain(error)}; not whole yet: {step_names(missing)}")  # the other look-ups would end the same
             states[step] = f"not looked up: {explain(error)}"
     if lacking := [step for step in missing if step not in plan]:
         warn(f"not to be had from {MODEL_ID}: " + ", ".join(f"step{step} ({states[step]})" for step in lacking))

@@ -2,6 +2,8 @@
 
 Run as `python multitoken_context_perturbation.py [FAMILY]`. FAMILY is a folder with a sub-folder for each training
 step (step0, step512 ... step143000) that holds a GPT-NeoX checkpoint; without it CHECKPOINTS_DIR is analysed.
+On several GPUs, `torchrun --nproc-per-node=4 multitoken_context_perturbation.py [FAMILY]` shares the checkpoints
+out; on a CPU set OMP_NUM_THREADS, which torchrun otherwise sets to 1 for each process.
 
 Each word has a base sentence that ends in it, other sentences that end in it, and perturbed versions of the base,
 whose last word is another word with the same last token. A sentence is read after one <|endoftext|>, and its
@@ -54,11 +56,11 @@ RESULTS_DIR = "multitoken_words_plots"  # gets a folder for each family
 CONTEXTS_FILE = "multitoken_words_contexts.json"  # {word: {"sentences": [...], "replaced_sentences": [...]}}
 # words
 WORDS_TO_PLOT = 20  # words with a figure of their own: how many, drawn at random, or a list such as ["lighthouse"]
-PREPEND_BOS = True  # read a sentence after <|endoftext|>, as a document begins in training
+PREPEND_BOS = True  # read it after <|endoftext|>, away from the attention sink at position 0
 # model
-DTYPE = "float32"  # of the linear layers: "float32", "bfloat16" or "float16"; all else is float32
+DTYPE = "float32"  # of linear layers and attention: "float32", "bfloat16", "float16"; the residual stream is float32
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
-BATCH_TOKENS = 256  # tokens in a forward pass
+BATCH_TOKENS = 256  # tokens in a forward pass, at most; a longer text has one of its own
 # statistics
 SEED = 0  # of the words to plot and of the bootstrap
 BOOTSTRAP_RESAMPLES = 1000  # resamples of the words behind an interval
@@ -74,7 +76,7 @@ STYLES = {  # of the lines in a panel
     "P2": {"color": "#d55e00", "marker": "s", "markersize": 3, "label": "P2: perturbed"},
     "unrelated": {"color": "grey", "linestyle": "--", "label": "unrelated words (floor)"},
 }
-ARCHITECTURE = (  # the entries of config.json that all checkpoints of a family share
+ARCHITECTURE = (  # the attributes of GPTNeoXConfig that all checkpoints of a family share
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
 )
@@ -109,7 +111,7 @@ def is_text(value: object) -> bool:
 
 
 def check_settings() -> None:
-    """Stops at the first constant that cannot be meant."""
+    """Ends the run at the first setting that makes no sense."""
 
     def is_whole(value: object, least: int) -> bool:
         return type(value) is int and value >= least
@@ -141,7 +143,8 @@ def choose_device() -> torch.device:
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        fail(f'DEVICE = {DEVICE!r} cannot be used here ({one_line(error)}): set it to "auto" or "cpu"')
+        fewer = ", or start fewer ranks" * (RANKS > 1)
+        fail(f'DEVICE = {DEVICE!r}: {name} cannot be used here ({one_line(error)}): set it to "cpu"{fewer}')
     if device.type not in ("cuda", "mps", "cpu"):
         fail(f'DEVICE = {DEVICE!r}: expected "auto", "cpu", "cuda", "cuda:1" or "mps"')
     return device
@@ -263,8 +266,8 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[int, ...]]:
     return [start + tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def tokens_name(size: int) -> str:
-    return "1 token" if size == 1 else f"{size} tokens"
+def tokens_name(length: int) -> str:
+    return "1 token" if length == 1 else f"{length} tokens"
 
 
 def read_contexts(tokenizer: Tokenizer, config: GPTNeoXConfig) -> dict[str, dict[str, list[str]]]:
@@ -293,43 +296,46 @@ def read_contexts(tokenizer: Tokenizer, config: GPTNeoXConfig) -> dict[str, dict
 def choose_variants(
     entries: dict[str, dict[str, list[str]]], tokenizer: Tokenizer
 ) -> tuple[dict[str, list[list[str]]], np.ndarray]:
-    """For each word the texts that are compared, [base], other contexts, perturbed versions; and int (words,) sizes.
+    """For each word the texts that are compared, [base], other contexts, perturbed versions; and int (words,) lengths.
 
-    A size is a word's number of tokens. Left out, counted and named is what measures something else: a context that
+    A length is a word's number of tokens. Left out, counted and named is what measures something else: a context that
     does not end in the word's tokens, a perturbed version that does not end in its last token, and the base again.
     """
-    chosen, sizes, left_out = {}, [], {kind: {} for kind in KINDS}
+    chosen, lengths, left_out = {}, [], {kind: {} for kind in KINDS}
     for word, entry in entries.items():
         base_text, *contexts = entry["sentences"]
-        ending, base = encode(tokenizer, [" " + word, base_text])
-        size = len(ending) - PREPEND_BOS
+        word_tokens, base = encode(tokenizer, [" " + word, base_text])
+        length = len(word_tokens) - PREPEND_BOS
+        ending = word_tokens[-length:]
+        base_fits = base[-length:] == ending
         variants = [[base_text]]
         for kind, texts, shared in (
-            ("sentences", contexts, size),
+            ("sentences", contexts, length),
             ("replaced_sentences", entry.get("replaced_sentences", []), 1),
         ):
             fitting = [
                 text
                 for text, sequence in zip(texts, encode(tokenizer, texts), strict=True)
-                if base[-size:] == ending[-size:] and sequence[-shared:] == ending[-shared:] and sequence != base
+                if base_fits and sequence[-shared:] == ending[-shared:] and sequence != base
             ]
             if len(fitting) < len(texts):
                 left_out[kind][word] = len(texts) - len(fitting)
             variants.append(fitting)
         if any(variants[1:]):
             chosen[word] = variants
-            sizes.append(size)
+            lengths.append(length)
     for kind, counts in left_out.items():
         if counts:
             named = ", ".join(f"{number} of {word}" for word, number in counts.items())
-            warn(f"{sum(counts.values())} {kind} that do not end in the tokens of their word are left out: {named}")
+            warn(f"{sum(counts.values())} {kind} that end in other tokens, or repeat the base, are left out: {named}")
     if unmatched := [word for word in entries if word not in chosen]:
         warn(f"{len(unmatched)} of {len(entries)} words are left out, no variant remains: {', '.join(unmatched)}")
     if not chosen:
         fail(f"{HERE / CONTEXTS_FILE}: no word is left: expected sentences that end in their word, without a stop")
-    if lacking := [word for word, variants in chosen.items() if not variants[2]]:
-        warn(f"P2 is empty for {len(lacking)} of {len(chosen)} words, without replaced_sentences: {', '.join(lacking)}")
-    return chosen, np.array(sizes)
+    for kind, name in ((1, "P1"), (2, "P2")):
+        if lacking := [word for word, variants in chosen.items() if not variants[kind]]:
+            warn(f"{name} is empty for {len(lacking)} of {len(chosen)} words, without a variant: {', '.join(lacking)}")
+    return chosen, np.array(lengths)
 
 
 def check_checkpoint(
@@ -393,15 +399,18 @@ def check_checkpoints(
             warn(f"steps {', '.join(map(str, same))} have identical weights: the curves stand still between them")
 
 
-def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list[dict[str, torch.Tensor]]:
+def prefix_trees(
+    sequences: list[tuple[int, ...]], device: torch.device
+) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Packs sorted token sequences into prefix trees, in which every distinct prefix stands once.
 
     A causal model's hidden state depends on the prefix alone. So the nodes of a tree are put in one input
     sequence, where each attends to its ancestors and itself, and its position is its depth. A tree ends before
-    it grows beyond BATCH_TOKENS nodes; the next repeats only the ancestors that both need.
+    it grows beyond BATCH_TOKENS nodes, unless one sequence is longer; the next repeats only the ancestors that both
+    need.
 
-    Returns for each tree input_ids and position_ids, int (1, nodes), attention_mask, bool (1, 1, nodes, nodes),
-    and last, int (sequences of the tree,): the node at which each sequence ends.
+    Returns for each tree the model's inputs, input_ids and position_ids, int (1, nodes), and attention_mask, bool
+    (1, 1, nodes, nodes); and int (sequences of the tree,) last: the node at which each sequence ends.
     """
     trees, previous, path = [], (), []
     for sequence in sequences:
@@ -420,17 +429,18 @@ def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list
         last.append(path[-1])
         previous = sequence
 
-    def tensors(tokens: list[int], paths: list[list[int]], last: list[int]) -> dict[str, torch.Tensor]:
+    def tensors(
+        tokens: list[int], paths: list[list[int]], last: list[int]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
         for node, path in enumerate(paths):
             mask[node, path] = True
-        tree = {
+        inputs = {
             "input_ids": torch.tensor([tokens]),
             "position_ids": torch.tensor([[len(path) - 1 for path in paths]]),
             "attention_mask": mask[None, None],
-            "last": torch.tensor(last),
         }
-        return {name: tensor.to(device) for name, tensor in tree.items()}
+        return {name: tensor.to(device) for name, tensor in inputs.items()}, torch.tensor(last, device=device)
 
     return [tensors(*tree) for tree in trees]
 
@@ -441,7 +451,7 @@ def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
 
 
 def build_model(folder: Path, device: torch.device) -> GPTNeoXModel:
-    """The base model, without its head. Its linear layers compute in DTYPE; all else stays in float32."""
+    """The base model, without its head. Linear layers and attention compute in DTYPE, the rest in float32."""
     model = GPTNeoXModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):
@@ -459,7 +469,11 @@ def load_weights(model: GPTNeoXModel, folder: Path) -> None:
 
 
 def unit_states(
-    model: GPTNeoXModel, folders: list[Path], trees: list[dict[str, torch.Tensor]], texts: list[str], progress: tqdm
+    model: GPTNeoXModel,
+    folders: list[Path],
+    trees: list[tuple[dict[str, torch.Tensor], torch.Tensor]],
+    texts: list[str],
+    progress: tqdm,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yields the hidden states of the checkpoint in folders[0] at the last token of each text, scaled to unit length.
 
@@ -469,21 +483,20 @@ def unit_states(
     load_weights(model, folders[0])
     Thread(target=read_ahead, args=[folders[1:]], daemon=True).start()
     stop = 0
-    for tree in trees:
-        inputs = {name: tensor for name, tensor in tree.items() if name != "last"}
+    for inputs, last in trees:
+        start, stop = stop, stop + len(last)
         with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
-            layers = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-        states = torch.stack([layer[0, tree["last"]] for layer in layers]).float()
-        lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        wrong = ~(lengths.isfinite() & (lengths > 0))
+            hidden_states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+        states = torch.stack([layer[0, last] for layer in hidden_states]).float()
+        norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        wrong = ~(norms.isfinite() & (norms > 0))
         if wrong.any():
             layer, row, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
             progress.close()
-            where, text = f"{folders[0].name}, layer {layer}", texts[stop + row][-60:]
+            where, text = f"{folders[0].name}, layer {layer}", texts[start + row][-60:]
             remedy = f'fetch {folders[0]} again, or set DTYPE = "float32"'
             fail(f"{where}: the hidden state of {text!r} is not finite, or zero; {remedy}")
-        start, stop = stop, stop + len(tree["last"])
-        yield slice(start, stop), (states / lengths).transpose(0, 1)
+        yield slice(start, stop), (states / norms).transpose(0, 1)
         progress.update()
 
 
@@ -508,18 +521,18 @@ def measure(
     kept: Path,
     texts: list[str],
     sequences: list[tuple[int, ...]],
-    words: list[list[list[int]]],
+    variant_rows: list[list[list[int]]],
     device: torch.device,
 ) -> None:
     """Measures the missing checkpoints (step: key), and keeps what each contributes as soon as it is known.
 
-    For each word its rows among the texts: [base], other contexts, perturbed versions.
+    variant_rows: for each word its rows among the texts: [base], other contexts, perturbed versions.
     """
     passes = list(missing)
     trees = prefix_trees(sequences, device)
     model = build_model(checkpoints[passes[0]], device)
-    layers, width = model.config.num_hidden_layers + 1, model.config.hidden_size
-    states = state_store((len(texts), layers, width), kept, device)
+    shape = (len(texts), model.config.num_hidden_layers + 1, model.config.hidden_size)
+    states = state_store(shape, kept, device)
 
     with tqdm(total=len(passes) * len(trees), unit="batch", disable=RANK > 0) as progress:
         for index, step in enumerate(passes):
@@ -527,15 +540,15 @@ def measure(
             folders = [checkpoints[step] for step in passes[index : index + 2]]
             for rows, tree_states in unit_states(model, folders, trees, texts, progress):
                 states[rows] = tree_states
-            base_sum = sum(states[base] for (base,), _, _ in words)
-            P1, P2, unrelated = (torch.full((len(words), layers), torch.nan) for _ in range(3))
-            for word, ((base,), contexts, perturbed) in enumerate(words):
+            base_sum = sum(states[base] for (base,), _, _ in variant_rows)
+            P1, P2, unrelated = (torch.full((len(variant_rows), shape[1]), torch.nan) for _ in range(3))
+            for word, ((base,), contexts, perturbed) in enumerate(variant_rows):
                 if contexts:
                     P1[word] = (states[contexts] * states[base]).sum(-1).mean(0)
                 if perturbed:
                     P2[word] = (states[perturbed] * states[base]).sum(-1).mean(0)
-                if len(words) > 1:
-                    unrelated[word] = ((base_sum - states[base]) * states[base]).sum(-1) / (len(words) - 1)
+                if len(variant_rows) > 1:
+                    unrelated[word] = ((base_sum - states[base]) * states[base]).sum(-1) / (len(variant_rows) - 1)
             write_arrays(kept / f"step{step}.npz", key=missing[step], P1=P1.T, P2=P2.T, unrelated=unrelated.T)
 
 
@@ -573,27 +586,29 @@ def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(SEED)
     count = len(values)
     draws = (np.bincount(random.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_RESAMPLES))
-    means = np.stack(list(draws)) / count @ values.reshape(count, -1).astype(np.float64)
+    means = (np.stack(list(draws)) / count) @ values.reshape(count, -1).astype(np.float64)
     low, high = np.percentile(means, (2.5, 97.5), axis=0)
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
-def mean_curves(contributions: dict[str, np.ndarray], sizes: np.ndarray) -> dict[int | str, dict]:
+def mean_curves(contributions: dict[str, np.ndarray], lengths: np.ndarray) -> dict[int | str, dict]:
     """The mean profiles by number of tokens and over all words: each float64 (steps, layers + 1).
 
-    P1 and P2 are averaged over the words that have them; "P1_words" and "P2_words" say how many do.
+    contributions: P1, P2 and unrelated, float32 (steps, layers + 1, words), NaN where a word has none. A mean is over
+    the words that have the value; "P1_words" and so on say how many do.
     """
+    contributions = contributions | {"P1 - P2": contributions["P1"] - contributions["P2"]}
     curves = {}
-    for size in [*map(int, np.unique(sizes)), "all"]:
-        members = np.full(len(sizes), True) if size == "all" else sizes == size
-        unrelated = contributions["unrelated"][..., members].mean(-1, dtype=float)
-        curves[size] = {"words": int(members.sum()), "unrelated": unrelated}
-        for name in ("P1", "P2"):
+    for length in [*map(int, np.unique(lengths)), "all"]:
+        members = np.full(len(lengths), True) if length == "all" else lengths == length
+        unrelated = contributions["unrelated"][..., members].mean(-1, dtype=np.float64)
+        curves[length] = {"words": int(members.sum()), "unrelated": unrelated}
+        for name in ("P1", "P2", "P1 - P2"):
             known = contributions[name][..., members & ~np.isnan(contributions[name][0, 0])]
-            mean = known.mean(-1, dtype=float) if known.shape[-1] else np.full(known.shape[:-1], np.nan)
+            mean = known.mean(-1, dtype=np.float64) if known.shape[-1] else np.full(known.shape[:-1], np.nan)
             low, high = bootstrap_interval(np.moveaxis(known, -1, 0)) if known.shape[-1] else (mean, mean)
-            curves[size] |= {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
-            curves[size][f"{name}_words"] = known.shape[-1]
+            curves[length] |= {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
+            curves[length][f"{name}_words"] = known.shape[-1]
     return curves
 
 
@@ -625,7 +640,12 @@ def step_label(step: int) -> str:
     return f"{step // 1000}k" if step and step % 1000 == 0 else str(step)
 
 
-def layer_range(layers: int) -> str:
+def words_label(curve: dict) -> str:
+    fewer = [f"{name}: {curve[f'{name}_words']}" for name in ("P1", "P2") if curve[f"{name}_words"] < curve["words"]]
+    return f"{curve['words']} words" + f" ({', '.join(fewer)})" * bool(fewer)
+
+
+def layer_label(layers: int) -> str:
     return f"layer (0 = token embedding, {layers} = after the final LayerNorm)"
 
 
@@ -659,8 +679,10 @@ def draw_profiles(file: Path, title: str, steps: list[int], curve: dict[str, np.
         axes.grid(alpha=0.3)
     for axes in panels.flat[len(steps) :]:
         axes.set_axis_off()
+    for axes in panels.flat[len(steps) - columns : len(steps)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
     panels[0, 0].set_xticks(range(0, layers + 1, layers // 5 + 1))
-    figure.supxlabel(layer_range(layers), y=0.5 / height, fontsize="medium")
+    figure.supxlabel(layer_label(layers), y=0.5 / height, fontsize="medium")
     figure.supylabel("cosine similarity to the base sentence's last token", x=0.1 / width, fontsize="medium")
     figure.suptitle(title, y=1 - 0.1 / height, parse_math=False)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(STYLES))
@@ -669,7 +691,7 @@ def draw_profiles(file: Path, title: str, steps: list[int], curve: dict[str, np.
 
 def draw_overview(file: Path, family: str, steps: list[int], curve: dict) -> None:
     """P1, P2 and their difference, means over all words, as heat maps of layers by steps."""
-    maps = {"P1: other contexts": curve["P1"], "P2: perturbed": curve["P2"], "P1 - P2": curve["P1"] - curve["P2"]}
+    maps = {"P1: other contexts": curve["P1"], "P2: perturbed": curve["P2"], "P1 - P2": curve["P1 - P2"]}
     figure = Figure(figsize=(14, 5), dpi=150, layout="constrained")
     panels = figure.subplots(1, len(maps), sharex=True, sharey=True)
     layers = curve["P1"].shape[1] - 1
@@ -686,8 +708,8 @@ def draw_overview(file: Path, family: str, steps: list[int], curve: dict) -> Non
     panels[0].set_xticks(labelled, [step_label(steps[index]) for index in labelled])
     panels[0].set_yticks(range(0, layers + 1, layers // 10 + 1))
     figure.supxlabel("training step", fontsize="medium")
-    figure.supylabel(layer_range(layers), fontsize="medium")
-    figure.suptitle(f"{family}: cosine similarity to the base, mean over {curve['words']} words", parse_math=False)
+    figure.supylabel(layer_label(layers), fontsize="medium")
+    figure.suptitle(f"{family}: cosine similarity to the base, mean over {words_label(curve)}", parse_math=False)
     figure.savefig(file)
 
 
@@ -696,7 +718,7 @@ def draw_figures(
 ) -> None:
     """Draws all figures, and removes those of an earlier run with other words."""
     family = printable(results.name)
-    by_word = {word: (size, table) for (word, size), table in tables.items()}
+    by_word = {word: (length, table) for (word, length), table in tables.items()}
     words = list(dict.fromkeys(WORDS_TO_PLOT)) if isinstance(WORDS_TO_PLOT, list) else list(by_word)
     if isinstance(WORDS_TO_PLOT, int):
         words = np.random.default_rng(SEED).permutation(words)[:WORDS_TO_PLOT].tolist()
@@ -707,17 +729,16 @@ def draw_figures(
     for file in [*results.glob("mean_*.png"), *results.glob("words/*_tokens_*.png")]:
         file.unlink()
     with tqdm(total=len(curves) + len(words) + 1, desc="figures", unit="figure") as progress:
-        for size, curve in curves.items():
-            name = "all" if size == "all" else f"{size}_tokens"
-            known = f"{curve['words']} words" + f" (P2: {curve['P2_words']})" * (curve["P2_words"] < curve["words"])
-            title = f"{family}: mean over {known}" + f" of {tokens_name(size)}" * (size != "all")
+        for length, curve in curves.items():
+            name = "all" if length == "all" else f"{length}_tokens"
+            title = f"{family}: mean over {words_label(curve)}" + f" of {tokens_name(length)}" * (length != "all")
             draw_profiles(results / f"mean_{name}.png", title + ", with 95 % intervals", steps, curve)
             progress.update()
         for word in words:
-            size, table = by_word[word]
+            length, table = by_word[word]
             shown = printable(word if len(word) <= 60 else f"{word[:60]}…")
-            title = f"{family}: {shown} ({tokens_name(size)})"
-            draw_profiles(results / "words" / f"{size}_tokens_{file_name(word)}.png", title, steps, table)
+            title = f"{family}: {shown} ({tokens_name(length)})"
+            draw_profiles(results / "words" / f"{length}_tokens_{file_name(word)}.png", title, steps, table)
             progress.update()
         draw_overview(results / "overview.png", family, steps, curves["all"])
         progress.update()
@@ -727,18 +748,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("family", nargs="?", default=CHECKPOINTS_DIR, help="folder of checkpoints [%(default)s]")
+    parser.add_argument("family", nargs="?", help="folder of checkpoints [CHECKPOINTS_DIR, beside this script]")
     parser.error = fail
     arguments = parser.parse_args()
     check_settings()
     device = choose_device()
-    family = find_family(arguments.family)
+    family = find_family(arguments.family or str(HERE / CHECKPOINTS_DIR))
     checkpoints = find_checkpoints(family)
     config, tokenizer = read_final(checkpoints[max(checkpoints)])
     entries = read_contexts(tokenizer, config)
-    variants, sizes = choose_variants(entries, tokenizer)
-    texts = {text for lists in variants.values() for texts in lists for text in texts}
-    sequences, texts = map(list, zip(*sorted(zip(encode(tokenizer, list(texts)), texts, strict=True)), strict=True))
+    variants, lengths = choose_variants(entries, tokenizer)
+    distinct = list({text for lists in variants.values() for kind in lists for text in kind})
+    sequences, texts = map(list, zip(*sorted(zip(encode(tokenizer, distinct), distinct, strict=True)), strict=True))
     check_checkpoints(checkpoints, config, texts, sequences)
     results = HERE / RESULTS_DIR / family.name
     kept = results / "kept"
@@ -746,22 +767,22 @@ def main() -> None:
 
     steps = list(checkpoints)
     row_of = {text: row for row, text in enumerate(texts)}
-    words = [[[row_of[text] for text in texts] for texts in lists] for lists in variants.values()]
-    inputs = [words, sequences, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
+    variant_rows = [[[row_of[text] for text in kind] for kind in lists] for lists in variants.values()]
+    inputs = [variant_rows, sequences, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
     keys = contribution_keys(checkpoints, inputs)
     missing = {step: key for step, key in keys.items() if read_kept(kept / f"step{step}.npz", key) is None}
     if RANKS > 1:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
         torch.distributed.broadcast_object_list(seen_by_first := [missing])
         missing = seen_by_first[0]
-    groups = [f"{np.sum(sizes == size)} of {tokens_name(size)}" for size in np.unique(sizes)]
+    groups = [f"{np.sum(lengths == length)} of {tokens_name(length)}" for length in np.unique(lengths)]
     say(f"family   {family}")
     say(f"steps    {', '.join(map(step_label, steps))} ({len(missing)} of {len(steps)} to measure)")
     say(f"words    {', '.join(groups)}; {len(texts)} sentences")
     say(f"device   {device}, {DTYPE}" + f", {RANKS} ranks" * (RANKS > 1))
     share = list(missing)[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS]
     if share:
-        measure(checkpoints, {step: missing[step] for step in share}, kept, texts, sequences, words, device)
+        measure(checkpoints, {step: missing[step] for step in share}, kept, texts, sequences, variant_rows, device)
     if RANKS > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -772,14 +793,14 @@ def main() -> None:
     if None in arrays:
         fail(f"{kept} or the checkpoints changed during the run: run again")
     contributions = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
-    curves = mean_curves(contributions, sizes)
+    curves = mean_curves(contributions, lengths)
     names = ("P1", "P2", "unrelated")
     tables = {
-        (word, int(size)): {name: contributions[name][..., index] for name in names}
-        for index, (word, size) in enumerate(zip(variants, sizes, strict=True))
+        (word, int(length)): {name: contributions[name][..., index] for name in names}
+        for index, (word, length) in enumerate(zip(variants, lengths, strict=True))
     }
     write_csv(results / "perturbation.csv", ("word", "tokens"), tables, names, steps)
-    means = {(size, curve["words"]): curve for size, curve in curves.items()}
+    means = {(length, curve["words"]): curve for length, curve in curves.items()}
     write_csv(results / "perturbation_mean.csv", ("tokens", "words"), means, CURVES, steps)
     draw_figures(results, steps, tables, curves)
     say(f"results  {results}")
@@ -797,4 +818,4 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         fail(f"{one_line(error)} Lower BATCH_TOKENS; what was measured is kept")
     except OSError as error:
-        fail(f"{error}: make room, or set another RESULTS_DIR, and run again; what was measured is kept")
+        fail(f"{error}; mend that, make room or set another RESULTS_DIR, and run again: what was measured is kept")

@@ -2,6 +2,8 @@
 
 Run as `python token_convergence_analysis.py [FAMILY]`. FAMILY is a folder with a sub-folder for each training
 step (step0, step512 ... step143000) that holds a GPT-NeoX checkpoint; without it CHECKPOINTS_DIR is analysed.
+On several GPUs, `torchrun --nproc-per-node=4 token_convergence_analysis.py [FAMILY]` shares the checkpoints
+out; on a CPU set OMP_NUM_THREADS, which torchrun otherwise sets to 1 for each process.
 
 A word is read after one <|endoftext|>, with a leading space, and its hidden state is taken at its last token.
 For each checkpoint and layer, over the words with the same number of tokens, the script measures
@@ -64,9 +66,9 @@ MIN_GROUP_SIZE = 10  # words; a smaller group is left out
 LEADING_SPACE = True  # tokenize a word as it stands in running text
 PREPEND_BOS = True  # read it after <|endoftext|>, away from the attention sink at position 0
 # model
-DTYPE = "float32"  # of the linear layers: "float32", "bfloat16" or "float16"; all else is float32
+DTYPE = "float32"  # of linear layers and attention: "float32", "bfloat16", "float16"; the residual stream is float32
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
-BATCH_TOKENS = 256  # tokens in a forward pass
+BATCH_TOKENS = 256  # tokens in a forward pass, at most; a longer text has one of its own
 # statistics
 SEED = 0  # of the draw of words and of the bootstrap
 BOOTSTRAP_RESAMPLES = 1000  # resamples of the words behind an interval
@@ -76,7 +78,7 @@ HERE = Path(__file__).resolve().parent
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 BOS = "<|endoftext|>"
 CURVES = ("similarity", "ci_low", "ci_high", "unrelated", "stability")  # what is known of a group, step and layer
-ARCHITECTURE = (  # the entries of config.json that all checkpoints of a family share
+ARCHITECTURE = (  # the attributes of GPTNeoXConfig that all checkpoints of a family share
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
 )
@@ -111,12 +113,12 @@ def is_text(value: object) -> bool:
 
 
 def check_settings() -> None:
-    """Stops at the first constant that cannot be meant."""
+    """Ends the run at the first setting that makes no sense."""
 
     def is_whole(value: object, least: int) -> bool:
         return type(value) is int and value >= least
 
-    groups_right = isinstance(GROUPS, tuple | list) and GROUPS and all(is_whole(size, 1) for size in GROUPS)
+    groups_right = isinstance(GROUPS, tuple | list) and GROUPS and all(is_whole(length, 1) for length in GROUPS)
     resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 100_000
     for name, right, expected in (
         ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
@@ -146,7 +148,8 @@ def choose_device() -> torch.device:
     try:
         device = torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        fail(f'DEVICE = {DEVICE!r} cannot be used here ({one_line(error)}): set it to "auto" or "cpu"')
+        fewer = ", or start fewer ranks" * (RANKS > 1)
+        fail(f'DEVICE = {DEVICE!r}: {name} cannot be used here ({one_line(error)}): set it to "cpu"{fewer}')
     if device.type not in ("cuda", "mps", "cpu"):
         fail(f'DEVICE = {DEVICE!r}: expected "auto", "cpu", "cuda", "cuda:1" or "mps"')
     return device
@@ -283,16 +286,16 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[int, ...]]:
     return [start + tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
-def tokens_name(size: int) -> str:
-    return "1 token" if size == 1 else f"{size} tokens"
+def tokens_name(length: int) -> str:
+    return "1 token" if length == 1 else f"{length} tokens"
 
 
 def draw_words(
     words: list[str], tokenizer: Tokenizer, config: GPTNeoXConfig
 ) -> tuple[list[str], list[str], list[tuple[int, ...]], np.ndarray]:
-    """Draws the words of each group. Returns words, texts as the model reads them, token ids, int (words,) sizes.
+    """Draws the words of each group. Returns words, texts as the model reads them, token ids, int (words,) lengths.
 
-    They are sorted by token ids, so that words with a common prefix are neighbours. A size is a word's number of
+    They are sorted by token ids, so that words with a common prefix are neighbours. A length is a word's number of
     tokens, without <|endoftext|>.
     """
     groups = defaultdict(list)
@@ -300,15 +303,15 @@ def draw_words(
     for sequence, text, word in zip(encode(tokenizer, texts), texts, words, strict=True):
         groups[len(sequence) - PREPEND_BOS].append((sequence, text, word))
     drawn = []
-    for size in sorted(set(GROUPS)):
-        group = groups[size]
+    for length in sorted(set(GROUPS)):
+        group = groups[length]
         if len(group) < MIN_GROUP_SIZE:
-            warn(f"{WORDS_FILE} has {len(group)} words of {tokens_name(size)}, fewer than MIN_GROUP_SIZE: left out")
+            warn(f"{WORDS_FILE} has {len(group)} words of {tokens_name(length)}, fewer than MIN_GROUP_SIZE: left out")
             continue
-        if size + PREPEND_BOS > config.max_position_embeddings:
-            fail(f"words of {tokens_name(size)} do not fit {config.max_position_embeddings} positions: change GROUPS")
+        if length + PREPEND_BOS > config.max_position_embeddings:
+            fail(f"words of {tokens_name(length)} do not fit {config.max_position_embeddings} positions: change GROUPS")
         if WORDS_PER_GROUP is not None and len(group) > WORDS_PER_GROUP:
-            chosen = np.random.default_rng([SEED, size]).choice(len(group), WORDS_PER_GROUP, replace=False)
+            chosen = np.random.default_rng([SEED, length]).choice(len(group), WORDS_PER_GROUP, replace=False)
             group = [group[index] for index in chosen]
         drawn += group
     if not drawn:
@@ -378,15 +381,18 @@ def check_checkpoints(
             warn(f"steps {', '.join(map(str, same))} have identical weights: the curves stand still between them")
 
 
-def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list[dict[str, torch.Tensor]]:
+def prefix_trees(
+    sequences: list[tuple[int, ...]], device: torch.device
+) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     """Packs sorted token sequences into prefix trees, in which every distinct prefix stands once.
 
     A causal model's hidden state depends on the prefix alone. So the nodes of a tree are put in one input
     sequence, where each attends to its ancestors and itself, and its position is its depth. A tree ends before
-    it grows beyond BATCH_TOKENS nodes; the next repeats only the ancestors that both need.
+    it grows beyond BATCH_TOKENS nodes, unless one sequence is longer; the next repeats only the ancestors that both
+    need.
 
-    Returns for each tree input_ids and position_ids, int (1, nodes), attention_mask, bool (1, 1, nodes, nodes),
-    and last, int (sequences of the tree,): the node at which each sequence ends.
+    Returns for each tree the model's inputs, input_ids and position_ids, int (1, nodes), and attention_mask, bool
+    (1, 1, nodes, nodes); and int (sequences of the tree,) last: the node at which each sequence ends.
     """
     trees, previous, path = [], (), []
     for sequence in sequences:
@@ -405,17 +411,18 @@ def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list
         last.append(path[-1])
         previous = sequence
 
-    def tensors(tokens: list[int], paths: list[list[int]], last: list[int]) -> dict[str, torch.Tensor]:
+    def tensors(
+        tokens: list[int], paths: list[list[int]], last: list[int]
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
         for node, path in enumerate(paths):
             mask[node, path] = True
-        tree = {
+        inputs = {
             "input_ids": torch.tensor([tokens]),
             "position_ids": torch.tensor([[len(path) - 1 for path in paths]]),
             "attention_mask": mask[None, None],
-            "last": torch.tensor(last),
         }
-        return {name: tensor.to(device) for name, tensor in tree.items()}
+        return {name: tensor.to(device) for name, tensor in inputs.items()}, torch.tensor(last, device=device)
 
     return [tensors(*tree) for tree in trees]
 
@@ -426,7 +433,7 @@ def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
 
 
 def build_model(folder: Path, device: torch.device) -> GPTNeoXModel:
-    """The base model, without its head. Its linear layers compute in DTYPE; all else stays in float32."""
+    """The base model, without its head. Linear layers and attention compute in DTYPE, the rest in float32."""
     model = GPTNeoXModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):
@@ -444,7 +451,11 @@ def load_weights(model: GPTNeoXModel, folder: Path) -> None:
 
 
 def unit_states(
-    model: GPTNeoXModel, folders: list[Path], trees: list[dict[str, torch.Tensor]], texts: list[str], progress: tqdm
+    model: GPTNeoXModel,
+    folders: list[Path],
+    trees: list[tuple[dict[str, torch.Tensor], torch.Tensor]],
+    texts: list[str],
+    progress: tqdm,
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yields the hidden states of the checkpoint in folders[0] at the last token of each text, scaled to unit length.
 
@@ -454,21 +465,20 @@ def unit_states(
     load_weights(model, folders[0])
     Thread(target=read_ahead, args=[folders[1:]], daemon=True).start()
     stop = 0
-    for tree in trees:
-        inputs = {name: tensor for name, tensor in tree.items() if name != "last"}
+    for inputs, last in trees:
+        start, stop = stop, stop + len(last)
         with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
-            layers = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-        states = torch.stack([layer[0, tree["last"]] for layer in layers]).float()
-        lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        wrong = ~(lengths.isfinite() & (lengths > 0))
+            hidden_states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
+        states = torch.stack([layer[0, last] for layer in hidden_states]).float()
+        norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+        wrong = ~(norms.isfinite() & (norms > 0))
         if wrong.any():
             layer, row, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
             progress.close()
-            where, text = f"{folders[0].name}, layer {layer}", texts[stop + row][-60:]
+            where, text = f"{folders[0].name}, layer {layer}", texts[start + row][-60:]
             remedy = f'fetch {folders[0]} again, or set DTYPE = "float32"'
             fail(f"{where}: the hidden state of {text!r} is not finite, or zero; {remedy}")
-        start, stop = stop, stop + len(tree["last"])
-        yield slice(start, stop), (states / lengths).transpose(0, 1)
+        yield slice(start, stop), (states / norms).transpose(0, 1)
         progress.update()
 
 
@@ -493,7 +503,7 @@ def measure(
     kept: Path,
     texts: list[str],
     sequences: list[tuple[int, ...]],
-    sizes: np.ndarray,
+    lengths: np.ndarray,
     device: torch.device,
 ) -> None:
     """Measures the missing checkpoints (step: key), and keeps what each contributes as soon as it is known."""
@@ -506,10 +516,10 @@ def measure(
         if step != final:
             passes.append(step)
     trees = prefix_trees(sequences, device)
-    model = build_model(checkpoints[final], device)
+    model = build_model(checkpoints[passes[0]], device)
     shape = (len(texts), model.config.num_hidden_layers + 1, model.config.hidden_size)
     final_states, previous_states = (state_store(shape, kept, device) for _ in range(2))
-    members = torch.from_numpy(sizes == np.unique(sizes)[:, None]).float().to(device)  # (groups, words)
+    members = torch.from_numpy(lengths == np.unique(lengths)[:, None]).float().to(device)  # (groups, words)
     count = members.sum(1, keepdim=True).cpu().double()
 
     def group_sums(rows: slice, states: torch.Tensor) -> torch.Tensor:
@@ -524,9 +534,9 @@ def measure(
             sums += group_sums(rows, states)
             previous_states[rows] = states
         if step in missing:
-            # the sum over all pairs of words is the product of the sums; the words paired with themselves go
-            themselves = members.cpu().double() @ similarity.double()
-            unrelated = ((sums * final_sums).sum(-1) - themselves) / (count * (count - 1))
+            # the sum over all pairs of words is the product of the sums, less each word's pair with itself
+            self_pairs = members.cpu().double() @ similarity.double()
+            unrelated = ((sums * final_sums).sum(-1) - self_pairs) / (count * (count - 1))
             arrays = {"similarity": similarity.T, "stability": stability.T, "unrelated": unrelated}
             write_arrays(kept / f"step{step}.npz", key=missing[step], **arrays)
 
@@ -536,13 +546,13 @@ def measure(
             progress.set_description(f"checkpoint {index + 1} of {len(passes)}, step {step}")
             folders = [checkpoints[step] for step in passes[index : index + 2]]
             blocks = unit_states(model, folders, trees, texts, progress)
-            if index > 0:
-                compare(step, blocks)
-            else:
+            if step == final:
                 for rows, states in blocks:
                     final_states[rows] = states
                     final_sums += group_sums(rows, states)
                     all_rows.append(rows)
+            else:
+                compare(step, blocks)
     if final in missing:
         compare(final, ((rows, final_states[rows]) for rows in all_rows))
 
@@ -583,24 +593,28 @@ def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(SEED)
     count = len(values)
     draws = (np.bincount(random.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_RESAMPLES))
-    means = np.stack(list(draws)) / count @ values.reshape(count, -1).astype(np.float64)
+    means = (np.stack(list(draws)) / count) @ values.reshape(count, -1).astype(np.float64)
     low, high = np.percentile(means, (2.5, 97.5), axis=0)
     return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
 
 
-def group_curves(contributions: dict[str, np.ndarray], sizes: np.ndarray) -> dict[int, dict]:
-    """The curves of each group, by its number of tokens: each float64 (steps, layers + 1)."""
+def mean_curves(contributions: dict[str, np.ndarray], lengths: np.ndarray) -> dict[int, dict]:
+    """The curves of each group, by its number of tokens: each float64 (steps, layers + 1).
+
+    contributions: similarity and stability, float32 (steps, layers + 1, words), and unrelated, float64 (steps, groups,
+    layers + 1).
+    """
     curves = {}
-    for group, size in enumerate(np.unique(sizes)):
-        similarity = contributions["similarity"][..., sizes == size]  # (steps, layers + 1, words of the group)
+    for group, length in enumerate(np.unique(lengths)):
+        similarity = contributions["similarity"][..., lengths == length]  # (steps, layers + 1, words of the group)
         low, high = bootstrap_interval(np.moveaxis(similarity, -1, 0))
-        curves[int(size)] = {
+        curves[int(length)] = {
             "words": similarity.shape[-1],
             "similarity": similarity.mean(-1, dtype=np.float64),
             "ci_low": low,
             "ci_high": high,
             "unrelated": contributions["unrelated"][:, group],
-            "stability": contributions["stability"][..., sizes == size].mean(-1, dtype=np.float64),
+            "stability": contributions["stability"][..., lengths == length].mean(-1, dtype=np.float64),
         }
     return curves
 
@@ -646,11 +660,11 @@ def step_axis(axes: Axes, steps: list[int]) -> None:
     axes.set_xlabel("training step")
 
 
-def layer_range(layers: int) -> str:
+def layer_label(layers: int) -> str:
     return f"layer (0 = token embedding, {layers} = after the final LayerNorm)"
 
 
-def draw_group(file: Path, family: str, steps: list[int], size: int, curve: dict) -> None:
+def draw_group(file: Path, family: str, steps: list[int], length: int, curve: dict) -> None:
     """Similarity of one group against training step, a line a layer."""
     layers = curve["similarity"].shape[1] - 1
     colours = colormaps["viridis"].resampled(layers + 1)
@@ -661,10 +675,12 @@ def draw_group(file: Path, family: str, steps: list[int], size: int, curve: dict
     step_axis(axes, steps)
     axes.grid(alpha=0.3)
     axes.set_ylabel("cosine similarity to the final checkpoint")
-    title = f"{family}: words of {tokens_name(size)} ({curve['words']} words)\nsimilarity to step {steps[-1]}, by layer"
+    title = (
+        f"{family}: words of {tokens_name(length)} ({curve['words']} words)\nsimilarity to step {steps[-1]}, by layer"
+    )
     axes.set_title(title, parse_math=False)
     scale = ScalarMappable(BoundaryNorm(np.arange(-0.5, layers + 1), layers + 1), colours)
-    figure.colorbar(scale, ax=axes, ticks=range(0, layers + 1, layers // 10 + 1), label=layer_range(layers))
+    figure.colorbar(scale, ax=axes, ticks=range(0, layers + 1, layers // 10 + 1), label=layer_label(layers))
     figure.savefig(file)
 
 
@@ -674,13 +690,14 @@ def draw_layer(file: Path, family: str, steps: list[int], layer: int, curves: di
     figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     colours = colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
-    for (size, curve), colour, marker in zip(curves.items(), colours, cycle("osD^vP*X"), strict=False):
+    for (length, curve), colour, marker in zip(curves.items(), colours, cycle("osD^vP*X"), strict=False):
         style = {"color": colour, "marker": marker, "markersize": 4}
-        of_layer = {name: curve[name][:, layer] for name in CURVES}
-        upper.plot(steps, of_layer["similarity"], label=f"{tokens_name(size)} ({curve['words']} words)", **style)
-        upper.fill_between(steps, of_layer["ci_low"], of_layer["ci_high"], color=colour, alpha=0.25, linewidth=0)
-        upper.plot(steps, of_layer["unrelated"], color=colour, linestyle="--", linewidth=1)
-        lower.plot(steps, of_layer["stability"], **style)
+        low, high = curve["ci_low"][:, layer], curve["ci_high"][:, layer]
+        label = f"{tokens_name(length)} ({curve['words']} words)"
+        upper.plot(steps, curve["similarity"][:, layer], label=label, **style)
+        upper.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
+        upper.plot(steps, curve["unrelated"][:, layer], color=colour, linestyle="--", linewidth=1)
+        lower.plot(steps, curve["stability"][:, layer], **style)
     upper.set_ylabel("cosine similarity\nto the final checkpoint")
     lower.set_ylabel("stability: cosine similarity\nto the checkpoint before")
     step_axis(lower, steps)
@@ -698,7 +715,9 @@ def draw_layer(file: Path, family: str, steps: list[int], layer: int, curves: di
 
 def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, dict]) -> None:
     """Similarity of each group as a heat map of layers by steps."""
-    maps = {f"{tokens_name(size)} ({curve['words']} words)": curve["similarity"].T for size, curve in curves.items()}
+    maps = {
+        f"{tokens_name(length)} ({curve['words']} words)": curve["similarity"].T for length, curve in curves.items()
+    }
     rows, columns = (len(maps) + 1) // 2, min(len(maps), 2)
     figure = Figure(figsize=(1 + 4.5 * columns, 1 + 3.5 * rows), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -708,11 +727,13 @@ def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, d
         axes.set_title(title)
     for axes in panels.flat[len(maps) :]:
         axes.set_axis_off()
+    for axes in panels.flat[len(maps) - columns : len(maps)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
     labelled = range(len(steps) - 1, -1, -(len(steps) // 13 + 1))
     panels[0, 0].set_xticks(labelled, [step_label(steps[index]) for index in labelled], fontsize="small")
     panels[0, 0].set_yticks(range(0, len(heat), len(heat) // 10 + 1))
     figure.supxlabel("training step", fontsize="medium")
-    figure.supylabel(layer_range(len(heat) - 1), fontsize="medium")
+    figure.supylabel(layer_label(len(heat) - 1), fontsize="medium")
     figure.colorbar(image, ax=panels, label="cosine similarity to the final checkpoint")
     figure.suptitle(f"{family}: similarity to step {steps[-1]}, by number of tokens", parse_math=False)
     figure.savefig(file)
@@ -721,14 +742,14 @@ def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, d
 def draw_figures(results: Path, steps: list[int], curves: dict[int, dict]) -> None:
     """Draws all figures, and removes those of an earlier run with other groups or layers."""
     family = printable(results.name)
-    layers = next(iter(curves.values()))["similarity"].shape[1]
+    layers = next(iter(curves.values()))["similarity"].shape[1] - 1
     for file in [*results.glob("group_*_tokens.png"), *results.glob("layer_*.png")]:
         file.unlink()
-    with tqdm(total=len(curves) + layers + 1, desc="figures", unit="figure") as progress:
-        for size, curve in curves.items():
-            draw_group(results / f"group_{size}_tokens.png", family, steps, size, curve)
+    with tqdm(total=len(curves) + layers + 2, desc="figures", unit="figure") as progress:
+        for length, curve in curves.items():
+            draw_group(results / f"group_{length}_tokens.png", family, steps, length, curve)
             progress.update()
-        for layer in range(layers):
+        for layer in range(layers + 1):
             draw_layer(results / f"layer_{layer:02d}.png", family, steps, layer, curves)
             progress.update()
         draw_overview(results / "overview.png", family, steps, curves)
@@ -739,16 +760,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("family", nargs="?", default=CHECKPOINTS_DIR, help="folder of checkpoints [%(default)s]")
+    parser.add_argument("family", nargs="?", help="folder of checkpoints [CHECKPOINTS_DIR, beside this script]")
     parser.error = fail
     arguments = parser.parse_args()
     check_settings()
     device = choose_device()
-    family = find_family(arguments.family)
+    family = find_family(arguments.family or str(HERE / CHECKPOINTS_DIR))
     checkpoints = find_checkpoints(family)
-    words = read_words()
     config, tokenizer = read_final(checkpoints[max(checkpoints)])
-    words, texts, sequences, sizes = draw_words(words, tokenizer, config)
+    words = read_words()
+    words, texts, sequences, lengths = draw_words(words, tokenizer, config)
     check_checkpoints(checkpoints, config, texts, sequences)
     results = HERE / RESULTS_DIR / family.name
     kept = results / "kept"
@@ -762,7 +783,7 @@ def main() -> None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
         torch.distributed.broadcast_object_list(seen_by_first := [missing])
         missing = seen_by_first[0]
-    groups = [f"{np.sum(sizes == size)} of {tokens_name(size)}" for size in np.unique(sizes)]
+    groups = [f"{np.sum(lengths == length)} of {tokens_name(length)}" for length in np.unique(lengths)]
     say(f"family   {family}")
     say(f"steps    {', '.join(map(step_label, steps))} ({len(missing)} of {len(steps)} to measure)")
     say(f"words    {', '.join(groups)}")
@@ -770,7 +791,7 @@ def main() -> None:
     # neighbours to a rank, since stability needs the checkpoint before
     share = list(missing)[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS]
     if share:
-        measure(checkpoints, {step: missing[step] for step in share}, kept, texts, sequences, sizes, device)
+        measure(checkpoints, {step: missing[step] for step in share}, kept, texts, sequences, lengths, device)
     if RANKS > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -781,11 +802,11 @@ def main() -> None:
     if None in arrays:
         fail(f"{kept} or the checkpoints changed during the run: run again")
     contributions = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
-    curves = group_curves(contributions, sizes)
-    tables = {(size, curve["words"]): curve for size, curve in curves.items()}
-    write_csv(results / "convergence.csv", ("tokens", "words"), tables, CURVES, steps)
+    curves = mean_curves(contributions, lengths)
+    means = {(length, curve["words"]): curve for length, curve in curves.items()}
+    write_csv(results / "convergence.csv", ("tokens", "words"), means, CURVES, steps)
     similarity = contributions["similarity"]
-    write_arrays(results / "similarities.npz", words=words, tokens=sizes, steps=steps, similarity=similarity)
+    write_arrays(results / "similarities.npz", words=words, tokens=lengths, steps=steps, similarity=similarity)
     draw_figures(results, steps, curves)
     say(f"results  {results}")
 
@@ -802,4 +823,4 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError as error:
         fail(f"{one_line(error)} Lower BATCH_TOKENS or WORDS_PER_GROUP; what was measured is kept")
     except OSError as error:
-        fail(f"{error}: make room, or set another RESULTS_DIR, and run again; what was measured is kept")
+        fail(f"{error}; mend that, make room or set another RESULTS_DIR, and run again: what was measured is kept")

@@ -227,7 +227,7 @@ def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple
         (f"a checkpoint, {len(words)} words", ""),
         ("matrix rate: oneDNN, as in the scripts; torch's default", f"{rate:.0f}; {default_rate:.0f} GFLOP/s"),
         (f"weights, read {source} (again, from the cache)", f"{gigabytes:.2f} GB, {disk:.2f} ({cache:.2f}) GB/s"),
-        ("distinct prefixes; nodes computed", f"{count}; {sum(tree['input_ids'].numel() for tree in trees)}"),
+        ("distinct prefixes; nodes computed", f"{count}; {sum(inputs['input_ids'].numel() for inputs, _ in trees)}"),
         ("limit to read; to multiply", f"{reading:.2f} s; {multiplying:.2f} s"),
         ("loading the first; any other (from the cache)", f"{first_loading:.2f} s; {loading:.2f} s"),
         (f"passes, in {len(trees)} batches", f"{passes:.2f} s, {1000 * passes / len(words):.1f} ms a word"),

@@ -150,6 +150,7 @@ CASES = {
         ("MODEL_ID", "", "a model's name"),
         ("MODEL_ID", "a b/ü", "a model's name"),
         ("MODEL_ID", None, "a model's name"),
+        ("MODEL_ID", 123, "a model's name"),
         ("STEPS", [], "a list of different training steps"),
         ("STEPS", [-1], "a list of different training steps"),
         ("STEPS", ["a"], "a list of different training steps"),

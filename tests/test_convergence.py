@@ -640,5 +640,5 @@ def test_hidden_states_that_are_not_finite(miniature: Path, tmp_path: Path) -> N
 def test_help(tmp_path: Path) -> None:
     result = run(place(tmp_path), "--help")
     assert result.code == 0 and result.err == ""
-    for part in ("[family]", "pythia_1b_checkpoints", "similarity", "unrelated", "stability", "convergence.csv"):
+    for part in ("[family]", "CHECKPOINTS_DIR", "torchrun", "similarity", "unrelated", "stability", "convergence.csv"):
         assert part in result.out

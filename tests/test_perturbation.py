@@ -431,12 +431,14 @@ def test_what_is_missing_is_empty(study: Run) -> None:
 
 
 def test_what_is_left_out_is_counted_and_named_once(study: Run) -> None:
-    sentences, replaced, words, empty = study.warnings()
+    sentences, replaced, words, without_contexts, empty = study.warnings()
     assert sentences.startswith("8 sentences ")
     assert sentences.endswith(": 4 of ledge, 2 of mittens, 1 of mustache, 1 of spade")
     assert replaced.startswith("3 replaced_sentences ") and replaced.endswith(": 2 of ledge, 1 of spade")
     assert words.startswith(f"2 of {len(STUDY) + 2} words ") and words.endswith(": mustache, spade")
     without = [word for word, entry in STUDY.items() if "replaced_sentences" not in entry]
+    assert without_contexts.startswith(f"P1 is empty for 1 of {len(STUDY)} words")
+    assert without_contexts.endswith(": mittens")
     assert empty.startswith(f"P2 is empty for {len(without)} of {len(STUDY)} words")
     assert empty.endswith(f": {', '.join(without)}")
 
