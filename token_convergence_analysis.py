@@ -719,7 +719,7 @@ def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, d
         f"{tokens_name(length)} ({curve['words']} words)": curve["similarity"].T for length, curve in curves.items()
     }
     rows, columns = (len(maps) + 1) // 2, min(len(maps), 2)
-    figure = Figure(figsize=(1 + 4.5 * columns, 1 + 3.5 * rows), dpi=150, layout="constrained")
+    figure = Figure(figsize=(1 + 5 * columns, 1 + 3.5 * rows), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     lowest = min(0, *(heat.min() for heat in maps.values()))
     for axes, (title, heat) in zip(panels.flat, maps.items(), strict=False):
