@@ -491,11 +491,10 @@ def state_store(shape: tuple[int, int, int], folder: Path, device: torch.device)
     needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(folder).free
     if needed > free:
         fail(f"{folder}: the hidden states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of disk are free: make room")
-    file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (the memory map below outlives this function)
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (the memory map outlives this function)
     row = bytes(4 * shape[1] * shape[2])
     for _ in range(shape[0]):
         file.write(row)  # a full disk is an error here; met later, through the memory map, it would kill the process
-    file.flush()
     return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
 

@@ -1,9 +1,13 @@
 """What every test may use: a trained family."""
 
+import signal
 from pathlib import Path
 
 import pytest
 from miniature import train
+
+# a shell has its background jobs ignore Ctrl-C, which the processes that are started here would inherit
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
