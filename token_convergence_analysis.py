@@ -435,7 +435,7 @@ def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
 
 
 def build_model(folder: Path, device: torch.device) -> GPTNeoXModel:
-    """The base model, without its head. Linear layers and attention compute in DTYPE, the rest in float32."""
+    """The base model, without its head. Its blocks compute in DTYPE; the residual stream stays in float32."""
     model = GPTNeoXModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
     for layer in model.modules():
         if isinstance(layer, torch.nn.Linear):

@@ -25,8 +25,7 @@ DOWNLOAD = "download_checkpoints.py"
 BOS = "<|endoftext|>"
 WORDS, CONTEXTS = "words_list.json", "multitoken_words_contexts.json"
 EASY = json.dumps(dict.fromkeys(ONE_TOKEN, 1)).encode()
-LEDGES = {"sentences": ["It was a ledge", "This is a ledge"]}
-INPUTS = {WORDS: EASY, CONTEXTS: json.dumps({"ledge": LEDGES}).encode()}
+INPUTS = {WORDS: EASY, CONTEXTS: b'{"ledge": {"sentences": ["It was a ledge", "This is a ledge"]}}'}
 
 
 @dataclass
@@ -250,7 +249,7 @@ CASES = {
         config_is_a_list=(final("config.json", b"[]"), ["step32", "config.json", "expected gpt_neox"]),
         another_architecture=(config(model_type="gpt2"), ["step32", "gpt2", "expected gpt_neox"]),
         width_is_a_word=(config(hidden_size="wide"), ["step32", "hidden_size"]),
-        width_is_huge=(config(hidden_size=10**12), ["step0"]),
+        width_is_huge=(config(hidden_size=10**12), ["step0", "overflow", "1000000000000"]),
         no_heads=(config(num_attention_heads=0), ["step32", "config.json"]),
         heads_do_not_divide_the_width=(
             config(num_attention_heads=7),

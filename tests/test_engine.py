@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from transformers import GPTNeoXModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import multitoken_context_perturbation as sibling  # noqa: E402
 import token_convergence_analysis as script  # noqa: E402
 
 WORDS = ["a", "the", "there", "therefore", "lighthouse", "unscrupulous", "naïve", "x" * 40, "don't"]
@@ -89,3 +91,14 @@ def test_float32_is_float32(miniature: Path, tmp_path: Path) -> None:
             expected = torch.stack([layer[0, -1] for layer in layers])
             expected /= expected.norm(dim=-1, keepdim=True)
             assert (own - expected).norm(dim=-1).max() <= 1e-5
+
+
+def test_difference_of_means_is_over_the_words_that_have_both() -> None:
+    """The second word has no P2, the third no P1: P1 - P2, which the overview shows, is the first word's alone."""
+    P1, P2 = np.array([0.5, 0.9, np.nan]), np.array([0.3, np.nan, 0.7])
+    contributions = {"P1": P1, "P2": P2, "unrelated": np.zeros(3)}
+    curves = sibling.mean_curves({name: values.reshape(1, 1, 3) for name, values in contributions.items()}, np.ones(3))
+    for group in (1, "all"):
+        found = [curves[group][name].item() for name in ("P1", "P2", "P1 - P2")]
+        assert found == pytest.approx([0.7, 0.5, 0.2])
+        assert [curves[group][f"{name}_words"] for name in ("P1", "P2")] == [2, 2]
