@@ -429,19 +429,28 @@ def prefix_trees(
     return [tensors(*tree) for tree in trees]
 
 
-def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
+def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor, activation: str = "none") -> torch.Tensor:
     """A linear layer in float32 by oneDNN, on AMD CPUs about twice as fast as by MKL, which torch takes otherwise."""
-    return torch.ops.mkldnn._linear_pointwise(states, layer.weight, layer.bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(states, layer.weight, layer.bias, activation, [], "none")
+
+
+def onednn_mlp(mlp: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """The two linear layers of a block's MLP, with the GELU between them, which oneDNN applies as it multiplies."""
+    return mlp.dense_4h_to_h(onednn_linear(mlp.dense_h_to_4h, states, "gelu"))
 
 
 def build_model(folder: Path, device: torch.device) -> GPTNeoXModel:
     """The base model, without its head. Its blocks compute in DTYPE; the residual stream stays in float32."""
     model = GPTNeoXModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
-    for layer in model.modules():
-        if isinstance(layer, torch.nn.Linear):
-            layer.to(getattr(torch, DTYPE))
-            if DTYPE == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
-                layer.forward = partial(onednn_linear, layer)
+    linear_layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    for layer in linear_layers:
+        layer.to(getattr(torch, DTYPE))
+    if DTYPE == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
+        for layer in linear_layers:
+            layer.forward = partial(onednn_linear, layer)
+        if model.config.hidden_act == "gelu":
+            for block in model.layers:
+                block.mlp.forward = partial(onednn_mlp, block.mlp)
     return model
 
 
