@@ -101,7 +101,7 @@ def say(message: str) -> None:
 
 
 def one_line(error: Exception) -> str:
-    text = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+    text = f"found no {error}" if isinstance(error, KeyError) else str(error)
     return " ".join(text.split())[:300] or type(error).__name__
 
 

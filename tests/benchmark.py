@@ -1,12 +1,14 @@
 """Measures both experiments against what the machine allows, and against other ways to the same hidden states.
 
-Run as `python tests/benchmark.py [--shape 70m|1b] [--words N] [--peers PYTHON]`, on a machine that does nothing
-else: two checkpoints of random float16 weights in a temporary folder (4.1 GB for 1b), computed in float32 on the CPU.
+Run as `python tests/benchmark.py [--shape 70m|1b] [--words N] [--checkpoints N] [--peers PYTHON]`, on a machine that
+does nothing else: two checkpoints, or N, of random float16 weights in a temporary folder (2.0 GB each for 1b), computed
+in float32 on the CPU.
 PYTHON is an interpreter with tests/benchmark_requirements.txt installed, which runs TransformerLens and minicons.
 With --growth it measures instead how seconds and memory of the first experiment grow with the number of words.
 
 The limit for a checkpoint is the longer of reading its weights and multiplying its matrices:
     max(bytes / bandwidth, 2 x weights of the linear layers x distinct prefixes / matrix rate).
+Counted with all parameters, as in the usual 2N, it is higher by the embeddings, which are looked up and not multiplied.
 The matrix rate is that of the model's own linear layers, one after the other, at BATCH_TOKENS tokens, the best of six
 rounds. The engine's passes are the best of two; all else is timed once. The naive loop and the peers work on batches
 in random order for SAMPLE_SECONDS; what they take for everything is extrapolated from that in proportion.
@@ -50,7 +52,7 @@ BOS = "<|endoftext|>"
 Text = tuple[str, tuple[int, ...]]  # a text as the model reads it, and its token ids after <|endoftext|>
 
 
-def make_family(family: Path, shape: dict[str, int]) -> list[Path]:
+def make_family(family: Path, shape: dict[str, int], checkpoints: int) -> list[Path]:
     """Writes checkpoints of random float16 weights as Pythia's are published."""
     from miniature import save_checkpoint  # not at the top, since the peers' interpreter lacks what it imports
 
@@ -58,7 +60,7 @@ def make_family(family: Path, shape: dict[str, int]) -> list[Path]:
     with torch.device("meta"):
         model = GPTNeoXForCausalLM(config)
     model = model.half().to_empty(device="cpu")
-    folders = [family / "step0", family / "step1000"]
+    folders = [family / f"step{1000 * index}" for index in range(checkpoints)]
     for folder in folders:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
@@ -200,8 +202,12 @@ def count_prefixes(texts: list[Text]) -> int:
     return len({sequence[: end + 1] for _, sequence in texts for end in range(len(sequence))})
 
 
-def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple[float, float]:
-    """Measures machine and engine on one checkpoint. Returns the limits: seconds to read, and to multiply a prefix."""
+def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple[float, float, float]:
+    """Measures machine and engine on one checkpoint.
+
+    Returns the limits, seconds to read and to multiply a prefix; and by how much more all parameters are than those of
+    the linear layers.
+    """
     gigabytes = sum(file.stat().st_size for file in script.weight_files(folder)) / 1e9
     forget([folder])
     disk, cache = (gigabytes / seconds_for(script.read_ahead, [folder]) for _ in range(2))
@@ -234,7 +240,8 @@ def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple
         ("share of these rates that the passes reach", f"{multiplying / passes:.0%}; {by_default / passes:.0%}"),
         ("loading and passes over the limit", f"{(loading + passes) / max(reading, multiplying):.2f}"),
     )
-    return reading, multiplying / count
+    elements = sum(tensor.numel() for tensor in script.read_weights(folder).values())
+    return reading, multiplying / count, 2e-9 * elements / per_prefix
 
 
 def measure(folders: list[Path], words_per_group: int, peers: str, scratch: Path) -> None:
@@ -248,29 +255,31 @@ def measure(folders: list[Path], words_per_group: int, peers: str, scratch: Path
     variants, _ = sibling.choose_variants(sibling.read_contexts(tokenizer, config), tokenizer)
     texts = sorted({text for lists in variants.values() for texts in lists for text in texts})
     sentences = list(zip(texts, sibling.encode(tokenizer, texts), strict=True))
-    reading, multiplying = measure_engine(script, final, words)
+    reading, multiplying, more = measure_engine(script, final, words)
 
-    rows = [("end to end", "texts", "prefixes", "seconds", "over the limit", "naive loop, s*", "ratio", "peak GB")]
+    limits = ("over the limit", "with all parameters")
+    rows = [("end to end", "texts", "prefixes", "seconds", *limits, "naive loop, s*", "ratio", "peak GB")]
     for name, texts in zip(SCRIPTS, (words, sentences), strict=True):
         (scratch / name).write_text(json.dumps(texts), encoding="utf-8")
         naive = time_way_apart(sys.executable, "naive", final, scratch / name)
         forget(folders)
         seconds, peak = run_script(name, scratch, final.parent, words_per_group)
-        limit = 2 * max(reading, multiplying * count_prefixes(texts))
-        whole = 2 * sum(naive)
-        row = (f"{name}.py", len(texts), count_prefixes(texts), seconds, f"{seconds / limit:.2f}", whole)
+        count = count_prefixes(texts)
+        limits = (len(folders) * max(reading, multiplying * factor * count) for factor in (1, more))
+        whole = len(folders) * sum(naive)
+        row = (f"{name}.py", len(texts), count, seconds, *(f"{seconds / limit:.2f}" for limit in limits), whole)
         rows.append((*row, whole / seconds, f"{peak:.2f}"))
         if texts is words:
             script_seconds = seconds
             ways = {"one at a time, GPTNeoXForCausalLM": naive}
     print_table(*rows)
     ways |= {name: time_way_apart(peers, name, final, scratch / SCRIPTS[0]) for name in ("TransformerLens", "minicons")}
-    rows = [("the same words", "loading, s", "passes, s*", "ms a word", "both checkpoints, s*", "over the script")]
+    rows = [("the same words", "loading, s", "passes, s*", "ms a word", "all checkpoints, s*", "over the script")]
     for name, seconds in ways.items():
         if isinstance(seconds, str):
             rows.append((name, seconds, "", "", "", ""))
         else:
-            whole = 2 * sum(seconds)
+            whole = len(folders) * sum(seconds)
             rows.append((name, *seconds, 1000 * seconds[1] / len(words), whole, whole / script_seconds))
     print_table(*rows)
     print(f"* extrapolated from {SAMPLE_SECONDS} s, where everything takes longer")
@@ -294,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="70m", help="shape of the model [%(default)s]")
     parser.add_argument("--words", type=int, default=500, help="words a group [%(default)s]")
+    parser.add_argument("--checkpoints", type=int, default=2, help="checkpoints of the family [%(default)s]")
     parser.add_argument("--peers", default=sys.executable, help="interpreter that has the peers [this one]")
     parser.add_argument("--growth", action="store_true", help="measure how cost grows with the number of words")
     parser.add_argument("--peer", nargs=3, metavar=("NAME", "FOLDER", "TEXTS"), help="time one way, here")
@@ -308,7 +318,7 @@ def main() -> None:
     print(f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         scratch = Path(folder)
-        folders = make_family(scratch / f"random_{arguments.shape}", SHAPES[arguments.shape])
+        folders = make_family(scratch / f"random_{arguments.shape}", SHAPES[arguments.shape], arguments.checkpoints)
         if arguments.growth:
             measure_growth(folders, scratch)
         else:

@@ -260,7 +260,7 @@ CASES = {
         minus_one_layer=(config(num_hidden_layers=-1), ["step0", "-1 layers"]),
         small_vocabulary=(config(vocab_size=10), ["step32", "10 tokens only"]),
         no_positions=(config(max_position_embeddings=0), ["0 positions"]),
-        unknown_activation=(config(hidden_act="gelatine"), ["step0", "gelatine"]),
+        unknown_activation=(config(hidden_act="gelatine"), ["step0", "found no 'gelatine'"]),
         no_tokenizer=(final("tokenizer.json", None), ["step32", "tokenizer.json", "fetch"]),
         tokenizer_is_no_json=(final("tokenizer.json", b"not JSON"), ["step32", "tokenizer.json"]),
         tokenizer_without_bos=(
@@ -282,7 +282,7 @@ CASES = {
             ["step0", "lack the tensor embed_in.weight"],
         ),
         pickle_would_run_a_command=(pickled(Harm()), ["step0", "pytorch_model.bin"]),
-        index_without_files=(index(b"{}"), ["step0", "model.safetensors.index.json: it lacks 'weight_map'"]),
+        index_without_files=(index(b"{}"), ["step0", "model.safetensors.index.json: found no 'weight_map'"]),
         index_is_no_json=(index(b"{"), ["step0", "model.safetensors.index.json"]),
         index_names_a_file_that_is_not_there=(index(b'{"weight_map": {"a": "b.safetensors"}}'), ["step0", "b.saf"]),
     ),

@@ -81,17 +81,17 @@ def place(folder: Path, words: object = None, **settings: object) -> Path:
     return folder
 
 
-def start(folder: Path, *arguments: object) -> subprocess.Popen:
+def start(folder: Path, *arguments: object, cwd: str | Path = "/") -> subprocess.Popen:
     """Starts the script from another directory than its own, with one thread, since two may run at a time."""
     command = [sys.executable, str(folder / SCRIPT.name), *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, cwd="/", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def run(folder: Path, *arguments: object) -> Run:
-    process = start(folder, *arguments)
+def run(folder: Path, *arguments: object, cwd: str | Path = "/") -> Run:
+    process = start(folder, *arguments, cwd=cwd)
     out, err = process.communicate(timeout=300)
     assert "Traceback" not in out + err, err
     family = Path(str(arguments[0])).name if arguments else ""
@@ -338,12 +338,16 @@ def test_weights_in_any_format(main_run: Run, miniature: Path, tmp_path: Path) -
 
 
 def test_single_checkpoint_and_single_group(miniature: Path, tmp_path: Path) -> None:
-    """The family stands beside the script, under a name that is none of a shell's or of a formula's."""
+    """The family stands beside the script, under a name that is none of a shell's or of a formula's.
+
+    One of the same name where the script is started is not meant.
+    """
     name = "Kinder, $\\ein$ Prüfstand"
     here = place(tmp_path / "a place ü", dict.fromkeys(ONE_TOKEN, 1), GROUPS=[1], CHECKPOINTS_DIR=name)
     family = link(miniature, here / name, [8])
+    link(miniature, tmp_path / name, [0, 8])
     before = snapshot(family)
-    result = run(here)._replace(results=here / "convergance_plots" / name)
+    result = run(here, cwd=tmp_path)._replace(results=here / "convergance_plots" / name)
     assert result.code == 0, result.err
     assert f"words    {len(ONE_TOKEN)} of 1 token\n" in result.out
     assert "warning" not in result.err.lower(), result.err

@@ -1,5 +1,6 @@
 """The engine that both analyses share: its accuracy in float32, and its work shared out over ranks."""
 
+import json
 import os
 import signal
 import subprocess
@@ -65,15 +66,17 @@ def test_what_killed_ranks_measured_is_kept(miniature: Path, alone: bytes, tmp_p
     assert {file: file.stat().st_mtime_ns for file in files} == written
 
 
-def test_float32_is_float32(miniature: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_float32_is_float32(miniature: Path, tmp_path: Path, activation: str) -> None:
     """The states of the packed trees, through oneDNN where there is one, against float64, one word at a time.
 
-    The weights are scaled up, so that hidden states are of a trained model's size rather than a miniature's.
+    The activation is Pythia's, which oneDNN applies as it multiplies, or another. The weights are scaled up, so that
+    hidden states are of a trained model's size rather than a miniature's.
     """
     folder = tmp_path / "step1"
     folder.mkdir()
-    config = miniature / "step32" / "config.json"
-    (folder / "config.json").write_bytes(config.read_bytes())
+    config = json.loads((miniature / "step32" / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": activation}), encoding="utf-8")
     weights = script.read_weights(miniature / "step32")
     save_file(
         {f"gpt_neox.{name}": tensor.float() * 1.5 for name, tensor in weights.items()}, folder / "model.safetensors"
