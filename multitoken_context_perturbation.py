@@ -59,6 +59,7 @@ WORDS_TO_PLOT = 20  # words with a figure of their own: how many, drawn at rando
 PREPEND_BOS = True  # read it after <|endoftext|>, away from the attention sink at position 0
 # model
 DTYPE = "float32"  # of linear layers and attention: "float32", "bfloat16", "float16"; the residual stream is float32
+# bfloat16 moved means by less than 0.001 and single similarities by less than 0.006 on the miniature
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
 BATCH_TOKENS = 256  # tokens in a forward pass, at most; a longer text has one of its own
 # statistics

@@ -67,6 +67,7 @@ LEADING_SPACE = True  # tokenize a word as it stands in running text
 PREPEND_BOS = True  # read it after <|endoftext|>, away from the attention sink at position 0
 # model
 DTYPE = "float32"  # of linear layers and attention: "float32", "bfloat16", "float16"; the residual stream is float32
+# bfloat16 moved means by less than 0.001 and single similarities by less than 0.006 on the miniature
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
 BATCH_TOKENS = 256  # tokens in a forward pass, at most; a longer text has one of its own
 # statistics
