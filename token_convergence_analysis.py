@@ -729,6 +729,7 @@ def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, d
     maps = {
         f"{tokens_name(length)} ({curve['words']} words)": curve["similarity"].T for length, curve in curves.items()
     }
+    layers = next(iter(curves.values()))["similarity"].shape[1] - 1
     rows, columns = (len(maps) + 1) // 2, min(len(maps), 2)
     figure = Figure(figsize=(1 + 5 * columns, 1 + 3.5 * rows), dpi=150, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -742,9 +743,9 @@ def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, d
         axes.tick_params(labelbottom=True)
     labelled = range(len(steps) - 1, -1, -(len(steps) // 13 + 1))
     panels[0, 0].set_xticks(labelled, [step_label(steps[index]) for index in labelled], fontsize="small")
-    panels[0, 0].set_yticks(range(0, len(heat), len(heat) // 10 + 1))
+    panels[0, 0].set_yticks(range(0, layers + 1, layers // 10 + 1))
     figure.supxlabel("training step", fontsize="medium")
-    figure.supylabel(layer_label(len(heat) - 1), fontsize="medium")
+    figure.supylabel(layer_label(layers), fontsize="medium")
     figure.colorbar(image, ax=panels, label="cosine similarity to the final checkpoint")
     figure.suptitle(f"{family}: similarity to step {steps[-1]}, by number of tokens", parse_math=False)
     figure.savefig(file)

@@ -340,7 +340,7 @@ def test_weights_in_any_format(main_run: Run, miniature: Path, tmp_path: Path) -
 def test_single_checkpoint_and_single_group(miniature: Path, tmp_path: Path) -> None:
     """The family stands beside the script, under a name that is none of a shell's or of a formula's.
 
-    One of the same name where the script is started is not meant.
+    One of the same name where the script is started is not meant, unless it is named on the command line.
     """
     name = "Kinder, $\\ein$ Prüfstand"
     here = place(tmp_path / "a place ü", dict.fromkeys(ONE_TOKEN, 1), GROUPS=[1], CHECKPOINTS_DIR=name)
@@ -359,6 +359,7 @@ def test_single_checkpoint_and_single_group(miniature: Path, tmp_path: Path) -> 
     assert snapshot(family) == before
     assert {file.name for file in here.iterdir()} == {SCRIPT.name, WORDS_FILE.name, "convergance_plots", name}
     assert [folder.name for folder in (here / "convergance_plots").iterdir()] == [name]
+    assert "steps    0, 8 (2 of 2 to measure)\n" in run(here, name, cwd=tmp_path).out
 
 
 # ------------------------------------------------------------------------------ interrupted work is kept

@@ -12,17 +12,15 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from miniature import TOKENIZER_FILE
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
+from test_convergence import cosine, gpt_neox_tokenizer, link
 from transformers import GPTNeoXForCausalLM
 
 SCRIPT = Path(__file__).resolve().parents[1] / "multitoken_context_perturbation.py"
@@ -117,20 +115,6 @@ def run(folder: Path, *arguments: object, launcher: Iterable[str] = ()) -> Run:
     return Run(process.returncode, out, err, folder / "multitoken_words_plots" / family)
 
 
-def link(family: Path, folder: Path, steps: Iterable[int] | dict[int, int]) -> Path:
-    """A family of links to the files of another one's checkpoints: some of its steps, or {step: its step}."""
-    for step, source in (steps if isinstance(steps, dict) else {step: step for step in steps}).items():
-        (folder / f"step{step}").mkdir(parents=True)
-        for file in (family / f"step{source}").iterdir():
-            (folder / f"step{step}" / file.name).symlink_to(file)
-    return folder
-
-
-@cache
-def gpt_neox_tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(TOKENIZER_FILE))
-
-
 def token_ids(text: str) -> list[int]:
     return gpt_neox_tokenizer().encode(text, add_special_tokens=False).ids
 
@@ -146,11 +130,6 @@ def naive_states(folder: Path, texts: set[str], prepend_bos: bool) -> dict[str, 
             layers = model(torch.tensor([start + token_ids(text)]), output_hidden_states=True).hidden_states
             states[text] = np.array([layer[0, -1].double().numpy() for layer in layers])
     return states
-
-
-def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
-    return (left * right).sum(-1) / lengths
 
 
 def mean_cosine(states: dict[str, np.ndarray], base: str, others: list[str]) -> np.ndarray:
@@ -212,12 +191,6 @@ def assert_figures(results: Path, sizes: Iterable[int], words: int) -> None:
         assert min(pixels.shape[:2]) >= 300, file
         coloured = np.ptp(pixels, axis=-1) > 40
         assert coloured.mean() > 0.002, file
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file beneath a folder."""
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
 
 
 @pytest.fixture(scope="module")
