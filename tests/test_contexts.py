@@ -1,4 +1,4 @@
-"""The words, sentences and frequencies that the analyses read, with the real GPT-NeoX tokenizer."""
+"""The words and sentences that the second experiment reads, with the real GPT-NeoX tokenizer."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from make_words_list import TOKENIZER_FILE, is_name, words_list
+from miniature import TOKENIZER_FILE
 from tokenizers import Tokenizer
 from wordfreq import zipf_frequency
 
@@ -39,11 +39,6 @@ def read(name: str) -> dict:
 @pytest.fixture(scope="module")
 def entries() -> dict[str, dict[str, list[str]]]:
     return read("multitoken_words_contexts.json")
-
-
-@pytest.fixture(scope="module")
-def frequencies() -> dict[str, int]:
-    return read("words_list.json")
 
 
 def each_text(entries: dict, *kinds: str) -> Iterator[tuple[str, str]]:
@@ -78,9 +73,8 @@ def test_enough_words_of_each_number_of_tokens(entries: dict) -> None:
     assert sum(count for size, count in sizes.items() if size >= 4) >= 30, sizes
 
 
-def test_words_are_ordinary_and_no_names(entries: dict) -> None:
+def test_words_are_ordinary(entries: dict) -> None:
     assert not [word for word in entries if not re.fullmatch(r"[a-z]+(-[a-z]+)*", word)]
-    assert not [word for word in entries if is_name(TOKENIZER, word)]
     assert not [word for word in entries if zipf_frequency(word, "en") < RAREST]
 
 
@@ -147,38 +141,11 @@ def test_perturbed_versions_end_in_the_same_token(entries: dict) -> None:
         assert tail[-1] == ending(word)[-1], f"{word}: {text}"
 
 
-def test_replacements_are_ordinary_and_no_names(entries: dict) -> None:
+def test_replacements_are_ordinary(entries: dict) -> None:
     pairs = list(each_replacement(entries))
     assert not [f"{word}: {other}" for word, other in pairs if not re.fullmatch("[a-z]+", other)]
-    assert not [f"{word}: {other}" for word, other in pairs if is_name(TOKENIZER, other)]
     assert not [f"{word}: {other}" for word, other in pairs if zipf_frequency(other, "en") < RAREST]
 
 
 def test_replacements_are_no_inflections_of_the_word(entries: dict) -> None:
     assert not [f"{word}: {other}" for word, other in each_replacement(entries) if stem(other) == stem(word)]
-
-
-# ------------------------------------------------------------------------------ words_list.json
-
-
-def test_words_list_is_what_its_script_derives(frequencies: dict[str, int]) -> None:
-    assert list(frequencies.items()) == list(words_list().items())
-
-
-def test_words_list_is_sorted_and_has_its_length(frequencies: dict[str, int]) -> None:
-    values = list(frequencies.values())
-    assert len(values) == 32_000
-    assert all(type(value) is int and value > 0 for value in values)
-    assert values == sorted(values, reverse=True)
-
-
-def test_words_list_holds_letters_only(frequencies: dict[str, int]) -> None:
-    letters = r"[^\W\d_]+"
-    assert not [word for word in frequencies if not re.fullmatch(f"{letters}(['-]{letters})*", word)]
-    assert not [word for word in frequencies if word != word.lower()]
-
-
-def test_words_list_holds_no_names(frequencies: dict[str, int]) -> None:
-    assert not [word for word in frequencies if is_name(TOKENIZER, word)]
-    assert not {"america", "england", "barcelona", "netherlands"} & set(frequencies)
-    assert {"house", "lighthouse", "don't", "naïve"} <= set(frequencies)
