@@ -5,6 +5,7 @@
 Writes pythia_1b_checkpoints/step<N>/ beside this file, for every step of STEPS: config.json, the tokenizer, one set of
 weights, and .published.json, which says what was fetched (model, commit, size and hash of every file). A folder gets
 its name only when every file matches the hub's checksum; until then it is pythia_1b_checkpoints/.partial/step<N>/.
+A step<N> that this script did not write is compared with the hub: it counts if it matches, else it is left alone.
 Run it again at any time: what is whole is not fetched again and needs no network.
 The exit code is 0 if every checkpoint is whole, 2 if not, 130 after Ctrl-C.
 
@@ -12,13 +13,18 @@ The downloads are huggingface_hub's: HF_TOKEN or `hf auth login`, HF_ENDPOINT, H
 mean here what they mean there.
 """
 
-import argparse
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, is not to end in a traceback
+    usual_handler = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+
 import json
 import logging
-import os
+import math
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -26,7 +32,7 @@ from contextlib import ExitStack, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.utils import WeakFileLock, parse_ratelimit_headers, tqdm
@@ -35,33 +41,28 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 # ----------------------------------------------------------------------------------------------------------------------
 # what
 MODEL_ID = "EleutherAI/pythia-1b"  # a Pythia model on the hub; another one needs another CHECKPOINTS_DIR
-STEPS = [0, 16, 64, 256, 1000, 3000, 10000, 18000, 48000, 78000, 108000, 143000]  # training steps; 2.0 GB each for 1B
-# all 154 that are published: STEPS = [0, *(2**i for i in range(10)), *range(1000, 144000, 1000)]
+STEPS = [0, 64, 256, 1000, 2000, 3000, 5000, 7000, 10000, 18000, 48000, 78000, 143000]  # training steps; 2.0 GB each
+# On Pythia-1B all groups of words cross half of their way between 3000 and 18000: that is where steps are needed.
+# All 154 that are published: STEPS = [0, *(2**i for i in range(10)), *range(1000, 144000, 1000)]
 CHECKPOINTS_DIR = "pythia_1b_checkpoints"  # the folder, beside this file unless absolute
 # how
 DOWNLOADS_AT_ONCE = 2  # checkpoints, 1 or more
 TRIES = 5  # of each look-up and each checkpoint, 1 or more
-PAUSE = 2.0  # seconds before the second try, twice as long before each further one, longer if the hub asks for it
+PAUSE = 2.0  # seconds before the second try, twice as long before each further one, longer if the hub asks; up to 600
 TIMEOUT = 30.0  # seconds for the hub to answer a look-up
 # ----------------------------------------------------------------------------------------------------------------------
 
 SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?", re.ASCII)
 RECORD = ".published.json"  # in a whole checkpoint: {"model", "revision", "commit", "files": {name: [bytes, hash]}}
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the run with one line on standard error that says what is wrong, where, and what to do."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def warn(message: str) -> None:
-    """Writes one line on standard error, above the progress bars."""
-    tqdm.write(f"warning: {message}", file=sys.stderr)
+class Failure(Exception):
+    """What is wrong, where, and what to do, in one line."""
 
 
 def check_settings() -> None:
-    """Ends the run at the first setting that makes no sense."""
+    """Raises Failure at the first setting that makes no sense."""
     steps = list(STEPS) if isinstance(STEPS, (list, tuple, range)) else []
     model_right = isinstance(MODEL_ID, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", MODEL_ID, re.ASCII)
     whole_steps = all(type(step) is int and step >= 0 for step in steps)
@@ -75,12 +76,13 @@ def check_settings() -> None:
         ("TIMEOUT", type(TIMEOUT) in (int, float) and TIMEOUT > 0, "a number of seconds above 0"),
     ):
         if not right:
-            fail(f"{name} = {globals()[name]!r} must be {rule}")
+            raise Failure(f"{name} = {globals()[name]!r} must be {rule}")
 
 
 def one_line(text: str) -> str:
-    """The text in one line, without what can be secret in it: a password in an address, a link's signature, a token."""
-    return " ".join(re.sub(r"(?<=//)[^/\s@]+@|\?[^\s'\"]+|Bearer [^'\"]*", "…", text).split())
+    """The text in one line, without control characters and secrets: a password, a link's signature, a token."""
+    text = re.sub(r"(?<=//)[^\s'\"]*@|\?[^\s'\"]+|Bearer [^'\"]*", "…", text)
+    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
 
 
 def one_line_log(record: logging.LogRecord) -> bool:
@@ -89,36 +91,51 @@ def one_line_log(record: logging.LogRecord) -> bool:
     return True
 
 
-def step_names(steps: list[int]) -> str:
+def warn(message: str) -> None:
+    """Writes one line on standard error, above the progress bars."""
+    tqdm.write(f"warning: {one_line(message)}", file=sys.stderr)
+
+
+def listed(names: list[str]) -> str:
     """'step0, step16, step64', cut after twelve."""
-    return ", ".join([f"step{step}" for step in steps[:12]] + [f"{len(steps) - 12} more"] * (len(steps) > 12))
+    if len(names) > 12:
+        names = [*names[:12], f"{len(names) - 12} more"]
+    return ", ".join(names)
 
 
 def is_transient(error: Exception) -> bool:
     """Whether another try may help: not if the request, the answer or this machine (an errno) is wrong."""
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    lasting = (errors.OfflineModeIsEnabled, ImportError, LookupError, TypeError, ValueError)
+    lasting = (Failure, errors.OfflineModeIsEnabled, ImportError, LookupError, TypeError, ValueError)
     return not isinstance(error, lasting) and getattr(error, "errno", None) is None
 
 
 def explain(error: Exception) -> str:
     """What is wrong and what to do, in one line."""
-    hub, text = constants.ENDPOINT, f"{type(error).__name__}: {error}"
-    if isinstance(error, errors.GatedRepoError):
+    hub, text = constants.ENDPOINT, f"{type(error).__name__}: {error}".removesuffix(": ")
+    if isinstance(error, Failure):
+        text = str(error)
+    elif isinstance(error, errors.GatedRepoError):
         text = f"{MODEL_ID} is gated: accept its terms on {hub}/{MODEL_ID}, then run `hf auth login` or set HF_TOKEN"
     elif isinstance(error, errors.RepositoryNotFoundError):
         text = f"{hub} has no model {MODEL_ID}: check MODEL_ID; for a private one run `hf auth login` or set HF_TOKEN"
+    elif isinstance(error, errors.RevisionNotFoundError):
+        text = "not published"
     elif isinstance(error, errors.HfHubHTTPError):
         token = ", your token is refused: `hf auth login` again, or unset HF_TOKEN"
         status = error.response.status_code
         text = f"{hub} answers {status} {error.response.reason_phrase}{token if status == 401 else ''}"
     elif isinstance(error, errors.OfflineModeIsEnabled):
         text = "offline mode is on: unset HF_HUB_OFFLINE"
+    elif isinstance(error, BrokenPipeError):
+        text = "what this script prints goes to a program that has ended: run it again without that"
     elif getattr(error, "errno", None) in (EDQUOT, EFBIG, ENOSPC):
         text = f"the disk is full ({os.strerror(error.errno)}): make room and run again"
     elif is_transient(error):
         text = f"the connection to {hub} failed ({text}): check the network, HF_ENDPOINT and the proxy"
+    elif isinstance(error, (LookupError, TypeError, UnicodeError, json.JSONDecodeError)):
+        text = f"something between here and {hub} answers in its place ({text}): a login page, the proxy, a mirror?"
     return one_line(text)
 
 
@@ -135,78 +152,146 @@ def with_retries(work: Callable[..., Any], step: int, *more: Any) -> Any:
                 raise error from None
             headers = error.response.headers if isinstance(error, errors.HfHubHTTPError) else {}
             limit = parse_ratelimit_headers(headers)
-            asked = [int(headers["Retry-After"])] if headers.get("Retry-After", "").isdecimal() else []
-            asked += [limit.reset_in_seconds] if limit and limit.remaining == 0 else []
-            pause = max(PAUSE * 2 ** (tried - 1), *asked, 0)
+            pause = PAUSE * 2 ** (tried - 1)
+            if headers.get("Retry-After", "").isdecimal():
+                pause = max(pause, int(headers["Retry-After"]))
+            if limit and limit.remaining == 0:
+                pause = max(pause, limit.reset_in_seconds)
+            pause = min(pause, 600)
             warn(f"step{step}: {explain(error)}; try {tried + 1} of {TRIES} in {pause:g} s")
             time.sleep(pause)
 
 
-def recorded(step: int, folder: Path) -> dict[str, list]:
-    """The files {name: [bytes, hash]} of a checkpoint that is whole on this disk, else {}. Needs no network."""
-    checkpoint = folder / f"step{step}"
-    try:
-        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
-        model, revision, files = record["model"], record["revision"], record["files"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return {}
-    if model != MODEL_ID:
-        fail(f"{checkpoint} is a checkpoint of {model}, not of {MODEL_ID}: set another CHECKPOINTS_DIR")
-    return files if revision == checkpoint.name and not bytes_left(files, checkpoint) else {}
-
-
-def bytes_left(files: dict[str, list], folder: Path) -> int:
-    """The bytes of those files that are not in the folder with their published size."""
-    sizes = {folder / name: size for name, (size, _) in files.items()}
-    return sum(size for path, size in sizes.items() if not path.is_file() or path.stat().st_size != size)
-
-
-def weight_files(published: Collection[str]) -> list[str]:
+def weight_files(names: Collection[str]) -> list[str]:
     """One set of weights: safetensors before .bin, one file before shards with their index; [] if none is complete."""
     for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
-        if f"{stem}.{kind}" in published:
+        if f"{stem}.{kind}" in names:
             return [f"{stem}.{kind}"]
-        index = f"{stem}.{kind}.index.json"
-        shards = sorted(name for name in published if re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{kind}", name))
-        if index in published and shards and len(shards) == int(shards[0].split("-of-")[1][:5]):
+        index, shards = f"{stem}.{kind}.index.json", []  # of two complete sets both: the index says which it means
+        for name in sorted(names):
+            first = re.fullmatch(rf"{stem}-00001-of-([0-9]{{5}})\.{kind}", name)
+            if first:
+                numbered = [f"{stem}-{number:05}-of-{first[1]}.{kind}" for number in range(1, int(first[1]) + 1)]
+                shards += numbered if all(shard in names for shard in numbered) else []
+        if index in names and shards:
             return [index, *shards]
     return []
 
 
+def is_checkable(size: object, published: object) -> bool:
+    """Whether a file can be compared with this size and hash: sha256, for small files the sha1 that git takes."""
+    return type(size) is int and size >= 0 and bool(re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(published)))
+
+
 def look_up(step: int) -> tuple[str, dict[str, list]]:
-    """The commit of a revision and the files {name: [bytes, hash]} to fetch of it; LookupError if it lacks one."""
-    info = HfApi().model_info(MODEL_ID, revision=f"step{step}", timeout=TIMEOUT, files_metadata=True)
-    if info.gated:  # its list of files is public, the files are not: ask for one, to be refused now and not later
-        get_hf_file_metadata(hf_hub_url(MODEL_ID, "config.json", revision=info.sha), timeout=TIMEOUT)
-    published = {f.rfilename: [f.lfs.size, f.lfs.sha256] if f.lfs else [f.size, f.blob_id] for f in info.siblings or []}
+    """The commit of a revision and the files {name: [bytes, hash]} to fetch of it."""
+    info = HfApi().model_info(MODEL_ID, revision=f"step{step}", files_metadata=True)
+    published = {file.rfilename: file for file in info.siblings or []}
     weights = weight_files(published)
-    lacking = [name for name in SMALL_FILES[:2] if name not in published] + ["weights"] * (not weights)
+    lacking = [name for name in SMALL_FILES[:2] if name not in published]
+    if not weights:
+        lacking.append("weights")
     if lacking:
-        raise LookupError(f"carries no {' and no '.join(lacking)}")
-    return info.sha, {name: published[name] for name in (*SMALL_FILES, *weights) if name in published}
+        raise Failure(f"carries no {' and no '.join(lacking)}")
+    files = {}
+    for name in (*SMALL_FILES, *weights):
+        if name in published:
+            file = published[name]
+            files[name] = [file.lfs.size, file.lfs.sha256] if file.lfs else [file.size, file.blob_id]
+            # Asked for a file, a gated model refuses now and not later; and a mirror may list nothing but names.
+            if info.gated or not is_checkable(*files[name]):
+                file = get_hf_file_metadata(hf_hub_url(MODEL_ID, name, revision=info.sha))
+                files[name] = [file.size, file.etag]
+            if not is_checkable(*files[name]):
+                raise Failure(f"no size or no checksum of {name} is to be learned from {constants.ENDPOINT}")
+    return info.sha, files
 
 
-def report_identical(published: dict[int, dict[str, list]]) -> None:
-    """Warns of steps {step: files} that carry the same weights, byte for byte: a known fault of what is published."""
-    same: dict[tuple, list[int]] = {}
-    for step, files in published.items():
-        hashes = tuple(files[name][1] for name in weight_files(files) if not name.endswith(".json"))
-        same.setdefault(hashes, []).append(step)
-    for steps in (sorted(steps) for steps in same.values() if len(steps) > 1):
+def look_up_in_time(step: int) -> tuple[str, dict[str, list]]:
+    """look_up(step), given up after TIMEOUT: the library's own limits begin again with every byte that arrives."""
+    return ThreadPoolExecutor(1).submit(look_up, step).result(timeout=TIMEOUT)
+
+
+def report_shared(published: dict[int, dict[str, list]]) -> None:
+    """Warns of weight files that steps {step: files} share, byte for byte: a known fault of what is published."""
+    steps_with: dict[tuple[str, str], list[str]] = {}
+    for step in sorted(published):
+        for name, (_, digest) in published[step].items():
+            if WEIGHT_FILE.fullmatch(name) and not name.endswith(".json"):
+                steps_with.setdefault((name, digest), []).append(f"step{step}")
+    names_by_steps: dict[tuple[str, ...], list[str]] = {}
+    for (name, _), steps in steps_with.items():
+        if len(steps) > 1:
+            names_by_steps.setdefault(tuple(steps), []).append(name)
+    for steps, names in names_by_steps.items():
         warn(
-            f"{step_names(steps)} carry byte-identical weights: they are one checkpoint under {len(steps)} names, so "
-            "no curve changes between them, whatever training did; believe at most one of them"
+            f"{listed(steps)} share {listed(names)}, byte for byte: what is in there is one checkpoint's, under "
+            f"{len(steps)} names, and shows no change, whatever training did; believe at most one of these steps"
         )
 
 
-def mismatches(files: dict[str, list], folder: Path) -> list[str]:
-    """The files in the folder whose hash is not the published one: sha256, for small files the sha1 that git takes."""
+def hash_of(path: Path, digits: int) -> str:
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex() if digits == 64 else git_hash(file.read())
 
-    def actual(path: Path, published: str) -> str:
-        with path.open("rb") as file:
-            return sha_fileobj(file).hex() if len(published) == 64 else git_hash(file.read())
 
-    return [name for name, (_, published) in files.items() if actual(folder / name, published) != published]
+def differences(files: dict[str, list], checkpoint: Path, hashes: bool) -> dict[str, str]:
+    """What keeps a folder from being the published checkpoint, by size or also by hash: {file: what is wrong}."""
+    wrong = {}
+    for name, (size, published) in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            wrong[name] = "is missing"
+        elif path.stat().st_size != size or (hashes and hash_of(path, len(published)) != published):
+            wrong[name] = "is not what is published"
+    for path in sorted(checkpoint.glob("*")):
+        if WEIGHT_FILE.fullmatch(path.name) and path.name not in files:
+            wrong[path.name] = "does not belong there"
+    return wrong
+
+
+def recorded(checkpoint: Path) -> dict[str, list]:
+    """The files {name: [bytes, hash]} that this script put into a folder, by the record there; else {}."""
+    try:
+        record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+        model, files = record["model"], record["files"]
+        right = record["revision"] == checkpoint.name and all(is_checkable(*file) for file in files.values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+    if model != MODEL_ID:
+        raise Failure(f"{checkpoint} is a checkpoint of {model}, not of {MODEL_ID}: set another CHECKPOINTS_DIR")
+    return files if right and weight_files(files) else {}
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a folder holds what its record says, by name and size. Needs no network."""
+    files = recorded(checkpoint)
+    return bool(files) and not differences(files, checkpoint, hashes=False)
+
+
+def write_record(checkpoint: Path, commit: str, files: dict[str, list]) -> None:
+    record = {"model": MODEL_ID, "revision": checkpoint.name, "commit": commit, "files": files}
+    (checkpoint / RECORD).unlink(missing_ok=True)  # it may be a link
+    (checkpoint / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def take_over(commit: str, files: dict[str, list], final: Path, unfinished: Path) -> str:
+    """The state of what bears a checkpoint's name and is not whole by its record; '' if it is to be fetched.
+
+    A folder of this script's that was damaged since goes back to where it is fetched. Nothing else is changed.
+    """
+    print(f"comparing {final.name}, which is there, with the hub's checksums", flush=True)
+    wrong = differences(files, final, hashes=True)
+    if not wrong:
+        if not final.is_symlink():
+            write_record(final, commit, files)
+        return "whole, was here"
+    if recorded(final) and not final.is_symlink() and wrong.keys() <= files.keys():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        final.rename(unfinished)
+        return ""
+    faults = listed([f"{name} {fault}" for name, fault in wrong.items()])
+    return f"left alone: {faults}; put that right or move it away, and run again"
 
 
 def remove_fragments(folder: Path) -> None:
@@ -216,42 +301,49 @@ def remove_fragments(folder: Path) -> None:
             path.unlink()
 
 
+class Bar(tqdm):
+    """The library's progress bar, but named, for several downloads run at once; ends a body longer than published."""
+
+    def __init__(self, step: int, name: str, size: int, **settings: Any) -> None:
+        task = settings["desc"].partition(": ")[2]  # Xet's two bars have one; before it can be the end of a signed link
+        self.name, self.left = name, math.inf if task else size  # Xet checks what it receives, and counts otherwise
+        super().__init__(**settings | {"desc": f"step{step} {name} {task}".strip(), "disable": None, "position": None})
+
+    def update(self, received: float | None = 1) -> bool | None:
+        self.left -= received
+        if self.left < 0:
+            raise Failure(f"{self.name} is longer than published: suspect the mirror or the proxy")
+        return super().update(received)
+
+
 def fetch(step: int, commit: str, files: dict[str, list], folder: Path) -> str:
     """Fetches what a checkpoint lacks, compares it with the published hashes, and gives the folder its name.
 
-    Returns its state, which begins with 'whole' or with 'not'; the library's errors pass through.
+    Returns its state, which begins with 'whole' if it is; the library's errors pass through.
     """
     final, unfinished = folder / f"step{step}", folder / ".partial" / f"step{step}"
-    if final.exists():  # not by this script, or damaged since
-        if (final / "config.json").exists() and mismatches({"config.json": files["config.json"]}, final):
-            return "not fetched: the folder there holds another config.json than the hub; move it away"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        final.rename(unfinished)
-    if bytes_left(files, unfinished) > shutil.disk_usage(folder).free:
-        return "not fetched: the disk is full"
-
-    def bar(name: str, **settings: Any) -> tqdm:
-        # The library's bar, but named: several downloads run at once, and it may show the end of a signed link.
-        task = settings["desc"].partition(": ")[2]
-        ours = {"desc": f"step{step} {name} {task}".strip(), "disable": None, "position": None}
-        return tqdm(**{**settings, **ours})
+    state = take_over(commit, files, final, unfinished) if os.path.lexists(final) else ""
+    if state:
+        return state
 
     def get(name: str, **how: bool) -> None:
-        bars = partial(bar, name)
-        hf_hub_download(MODEL_ID, name, revision=commit, local_dir=unfinished, tqdm_class=bars, **how)
+        bar = partial(Bar, step, name, files[name][0])
+        hf_hub_download(MODEL_ID, name, revision=commit, local_dir=unfinished, tqdm_class=bar, **how)
 
     for name in files:
         get(name)
     # The library's verify_repo_checksums would ask the hub for the hashes once more, and wait for them without end.
-    wrong = mismatches(files, unfinished)
-    for name in wrong:
-        warn(f"step{step}: {name} does not match the published checksum and is fetched again")
-        get(name, force_download=True)
-    if wrong := mismatches({name: files[name] for name in wrong}, unfinished):
-        return f"not whole: checksum wrong twice, suspect the mirror, the proxy or the disk: {', '.join(wrong)}"
+    for name in differences(files, unfinished, hashes=True):
+        if name in files:
+            warn(f"step{step}: {name} does not match the published checksum and is fetched again")
+            get(name, force_download=True)
+        else:
+            (unfinished / name).unlink()  # of weights that are no longer published
+    wrong = differences(files, unfinished, hashes=True)
+    if wrong:
+        return f"not whole: checksum wrong twice, suspect the mirror, the proxy or the disk: {listed(list(wrong))}"
     shutil.rmtree(unfinished / ".cache")  # the library's notes on a download under way
-    record = {"model": MODEL_ID, "revision": final.name, "commit": commit, "files": files}
-    (unfinished / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(unfinished, commit, files)
     unfinished.rename(final)
     return "whole, fetched now"
 
@@ -267,22 +359,23 @@ def fetch_all(plan: dict[int, tuple[str, dict[str, list]]], folder: Path) -> dic
             print(f"another run fetches into {folder}: waiting for its end", flush=True)
             held.enter_context(WeakFileLock(unfinished / "lock"))
         except OSError as error:
-            fail(f"cannot write into {folder} ({error.strerror}): set another CHECKPOINTS_DIR")
+            raise Failure(f"cannot write into {folder} ({error.strerror}): set another CHECKPOINTS_DIR") from error
         remove_fragments(folder)
-        todo = {step: plan[step] for step in plan if not recorded(step, folder)}  # another run may have fetched some
-        total = sum(size for _, files in todo.values() for size, _ in files.values()) / 1e9
-        left = sum(
-            min(bytes_left(files, place / f"step{step}") for place in (folder, unfinished)) / 1e9
-            for step, (_, files) in todo.items()
-        )
+        todo = [step for step in plan if not is_whole(folder / f"step{step}")]  # another run may have fetched some
+        left = 0.0  # GB
+        for step in todo:
+            files = plan[step][1]
+            place = folder if os.path.lexists(folder / f"step{step}") else unfinished
+            lacking = differences(files, place / f"step{step}", hashes=False)
+            left += sum(files[name][0] for name in lacking if name in files) / 1e9
         free = shutil.disk_usage(folder).free / 1e9
-        print(f"{len(todo)} to fetch: {total:.2f} GB, {total - left:.2f} GB of it here; {free:.2f} GB free", flush=True)
+        print(f"{len(todo)} to complete: {left:.2f} GB to fetch, {free:.2f} GB free", flush=True)
         if left > free:
-            fail(f"{left:.2f} GB to fetch, {free:.2f} GB free in {folder}: make room or choose fewer STEPS")
+            raise Failure(f"{left:.2f} GB to fetch, {free:.2f} GB free in {folder}: make room or choose fewer STEPS")
 
         def state_of(step: int) -> str:
             try:
-                return with_retries(fetch, step, *todo[step], folder)
+                return with_retries(fetch, step, *plan[step], folder)
             except Exception as error:  # of whatever kind: the other checkpoints go on
                 return f"not whole: {explain(error)}"
 
@@ -301,54 +394,62 @@ def run() -> None:
     """Looks every revision up, fetches what is not whole, and prints a table: step, size, state."""
     folder = Path(__file__).resolve().parent / CHECKPOINTS_DIR
     steps = sorted(STEPS)
-    published = {step: files for step in steps if (files := recorded(step, folder))}
-    states = {step: "whole, was here" for step in published}
-    missing = [step for step in steps if step not in published]
+    here = [step for step in steps if is_whole(folder / f"step{step}")]
+    published = {step: recorded(folder / f"step{step}") for step in here}
+    states = dict.fromkeys(here, "whole, was here")
+    missing = [step for step in steps if step not in here]
     if missing:
         print(f"looking up {len(missing)} of {len(steps)} checkpoints of {MODEL_ID}", flush=True)
-    plan = {}
+    plan, lacking = {}, []
     for step in missing:
         try:
-            plan[step] = with_retries(look_up, step)
+            plan[step] = with_retries(look_up_in_time, step)
             published[step] = plan[step][1]
-        except errors.RevisionNotFoundError:
-            states[step] = "not published"
-        except LookupError as error:
-            states[step] = f"not usable: {error}"
         except Exception as error:
-            if not isinstance(error, errors.HfHubHTTPError) or error.response.status_code < 500:
-                fail(f"{explain(error)}; not whole yet: {step_names(missing)}")  # the other look-ups would end the same
-            states[step] = f"not looked up: {explain(error)}"
-    if lacking := [step for step in missing if step not in plan]:
-        warn(f"not to be had from {MODEL_ID}: " + ", ".join(f"step{step} ({states[step]})" for step in lacking))
-    report_identical(published)
+            states[step] = explain(error)
+            lacking.append(f"step{step} ({states[step]})")
+            busy = isinstance(error, errors.HfHubHTTPError) and error.response.status_code >= 500
+            if not busy and not isinstance(error, (Failure, errors.RevisionNotFoundError)):
+                names = listed([f"step{step}" for step in missing])  # their look-ups would end the same
+                raise Failure(f"{states[step]}; not whole yet: {names}") from error
+    if lacking:
+        warn(f"not available from {MODEL_ID}: {', '.join(lacking)}")
+    report_shared(published)
     if plan:
         states |= fetch_all(plan, folder)
 
-    print(f"{'step':>8}  {'size':>9}  state")
+    print(f"{'step':>8}  {'size':>9}  state", flush=True)
     for step in steps:
         size = sum(size for size, _ in published.get(step, {}).values())
-        print(f"{step:>8}  {f'{size / 1e9:.2f} GB' if size else '-':>9}  {states[step]}")
-    if lacking := [step for step in steps if not states[step].startswith("whole")]:
-        fail(f"{len(lacking)} of {len(steps)} checkpoints are not whole in {folder}: see the table, then run again")
+        print(f"{step:>8}  {f'{size / 1e9:.2f} GB' if size else '-':>9}  {states[step]}", flush=True)
+    failed = [step for step in steps if not states[step].startswith("whole")]
+    if failed:
+        raise Failure(f"{len(failed)} of {len(steps)} checkpoints are not whole in {folder}: see the table, run again")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.error = fail
-    parser.parse_args()
-    check_settings()
+    if sys.stdout:  # not if it is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the output's encoding lacks
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(one_line_log)
+    code = 2
     try:
-        run()
+        if sys.argv[1:] in (["-h"], ["--help"]):
+            print(__doc__, flush=True)
+        elif sys.argv[1:]:
+            raise Failure(f"unrecognized arguments: {' '.join(sys.argv[1:])}")
+        else:
+            check_settings()
+            run()
+        code = 0
     except KeyboardInterrupt:
-        print("\ninterrupted: whole files are kept, run again to go on", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(130)  # now: an ordinary exit waits for the downloads under way
+        print("\ninterrupted: whole files are kept, run again to go on", file=sys.stderr)
+        code = 130
+    except (Failure, OSError) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+    os._exit(code)  # now: an ordinary exit waits for the downloads and look-ups under way
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, usual_handler)
     main()

@@ -1,41 +1,60 @@
 """Follows words of one and of several tokens, layer by layer, towards their hidden states in the final model.
 
-Run as `python token_convergence_analysis.py [FAMILY]`. FAMILY is a folder with a sub-folder for each training
-step (step0, step512 ... step143000) that holds a GPT-NeoX checkpoint; without it CHECKPOINTS_DIR is analysed.
-On several GPUs, `torchrun --nproc-per-node=4 token_convergence_analysis.py [FAMILY]` shares the checkpoints
-out; on a CPU set OMP_NUM_THREADS, which torchrun otherwise sets to 1 for each process.
+Run as `python token_convergence_analysis.py [FAMILY]`. FAMILY is a folder with a sub-folder for each training step
+(step0, step512 ... step143000) that holds a GPT-NeoX checkpoint; without it CHECKPOINTS_DIR is analysed. On several
+GPUs, `torchrun --nproc-per-node=4 token_convergence_analysis.py [FAMILY]` shares the checkpoints out; on a CPU set
+OMP_NUM_THREADS, which torchrun otherwise sets to 1 for each process.
 
-A word is read after one <|endoftext|>, with a leading space, and its hidden state is taken at its last token.
-For each checkpoint and layer, over the words with the same number of tokens, the script measures
-    similarity  the mean cosine between a word's hidden state and its hidden state in the final checkpoint,
-                with a 95 % bootstrap interval over words;
-    unrelated   the mean cosine between a word's hidden state and those of the other words in the final
-                checkpoint: the floor that anisotropy alone gives (Ethayarajh 2019, arXiv:1909.00512);
-    stability   the mean cosine between a word's hidden state and its hidden state in the checkpoint before.
+The words with the same number of tokens form a group. A word is read after one <|endoftext|>, with a leading space,
+and its hidden state, scaled to length 1, is taken at its last token. Each group is read in the ways that KINDS names:
+    word        as it is;
+    recombined  its last token after the first tokens of another word of its group: the same tokens, and no word;
+    carried     at the end of CARRIER, so that the last tokens of all words stand at one position.
+For each group, kind, checkpoint and layer, u being the states at that step and f those of the final checkpoint:
+    similarity  the mean cosine of u and f;
+    unrelated   the mean cosine of u of one text and f of another: the floor that anisotropy gives (Ethayarajh 2019,
+                arXiv:1909.00512);
+    centred     the correlation of u and f, after the mean over texts is taken from each. This is the curve to read;
+    cka         linear CKA of u and f: whether the geometry among the texts has settled (Kornblith et al. 2019,
+                arXiv:1905.00414);
+    stability   the mean cosine of u with the state at the checkpoint before.
+The answer is the half-way step: where `centred` has come half the way from its first value to 1.
 Layer 0 is the token embedding; the last layer is taken after the final LayerNorm, as transformers returns it.
 
-RESULTS_DIR/<name of FAMILY>/ then holds convergence.csv, similarities.npz, overview.png, group_<n>_tokens.png,
-layer_<ll>.png, and kept/: what each checkpoint contributed, from which a run that was cut short goes on.
+RESULTS_DIR/<name of FAMILY>/ then holds half_way.png and half_way.csv (the answer), contrasts.csv, convergence.csv,
+texts.csv, similarities.npz, overview.png, group_<n>_tokens.png, layer_<ll>.png, and kept/: what each checkpoint
+contributed, so that an interrupted run can continue.
 """
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait crawl on a busy machine
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until the libraries are imported: no traceback of theirs
 
 import argparse
 import csv
 import hashlib
+import inspect
 import json
-import os
+import math
 import re
 import shutil
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 from threading import Thread
-from typing import NoReturn
+from typing import IO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -61,49 +80,91 @@ RESULTS_DIR = "convergance_plots"  # gets a folder for each family
 WORDS_FILE = "words_list.json"  # {word: frequency}
 # words
 GROUPS = (1, 2, 3, 4)  # numbers of tokens; a group is the words with one of them
-WORDS_PER_GROUP = 500  # words drawn at random from a group; None = all
-MIN_GROUP_SIZE = 10  # words; a smaller group is left out
+KINDS = ("word", "recombined", "carried")  # how a group is read: any of these three
+CARRIER = "The next word that you will find on this page of the list is"  # what stands before a carried word
+MATCH_FREQUENCY = True  # draw words so that all groups have the same frequencies; False: draw from each at random
+WORDS_PER_GROUP = 500  # words in a group, at most; None = all
+MIN_GROUP_SIZE = 10  # words, 4 or more; a smaller group is left out
 LEADING_SPACE = True  # tokenize a word as it stands in running text
 PREPEND_BOS = True  # read it after <|endoftext|>, away from the attention sink at position 0
 # model
 DTYPE = "float32"  # of linear layers and attention: "float32", "bfloat16", "float16"; the residual stream is float32
-# bfloat16 moved means by less than 0.001 and single similarities by less than 0.006 on the miniature
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
-BATCH_TOKENS = 256  # tokens in a forward pass, at most; a longer text has one of its own
+BATCH_TOKENS = None  # tokens in a forward pass, at most; None = 256 on a CPU, 2048 elsewhere
 # statistics
-SEED = 0  # of the draw of words and of the bootstrap
-BOOTSTRAP_RESAMPLES = 1000  # resamples of the words behind an interval
+SEED = 0  # of the draw of words, of the recombination and of the bootstrap
+BOOTSTRAP_RESAMPLES = 1000  # resamples of the last tokens behind an interval
 # ------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK, RANKS = 0, 1
+if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # started by torchrun
+    RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 BOS = "<|endoftext|>"
-CURVES = ("similarity", "ci_low", "ci_high", "unrelated", "stability")  # what is known of a group, step and layer
-ARCHITECTURE = (  # the attributes of GPTNeoXConfig that all checkpoints of a family share
+OF_TEXTS = ("similarity", "stability", "covariance", "variance")  # what a checkpoint contributes of each text,
+OF_CURVES = ("unrelated", "cka")  # and of each curve
+ARCHITECTURE = (  # what defines the base model, as attributes of GPTNeoXConfig: the same in all of a family
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
 )
+SURPLUS = (  # endings of tensors that are no part of it: buffers that files of 2022 hold, and the head
+    *("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq", "embed_out.weight", "lm_head.weight"),
+)
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the run with one line on standard error that says what is wrong, where, and what to do."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+class Problem(Exception):
+    """What is wrong, where, and what to do, in one line: it ends the run with exit code 2."""
 
 
-def warn(message: str) -> None:
-    if RANK == 0:
-        print(f"warning: {message}", file=sys.stderr)
+class Text(NamedTuple):
+    word: str  # of WORDS_FILE, or the string of a recombination
+    frequency: float  # of the word; NaN for a recombination
+    token_ids: tuple[int, ...]  # as the model reads them, after <|endoftext|>
+
+
+class Curve(NamedTuple):
+    tokens: int  # of each word
+    kind: str  # of KINDS
+    texts: list[Text]
+    rows: slice  # of its texts among those of all curves
+    table: dict[str, np.ndarray]  # what is found: see tabulate
+
+
+class Contrast(NamedTuple):
+    curve: Curve
+    other: Curve
+    ratio: np.ndarray  # of their half-way steps, float64 (1 + resamples, layers + 1)
+
+
+class Tree(NamedTuple):
+    inputs: dict[str, torch.Tensor]  # of the model: input_ids, position_ids, int (1, nodes), and attention_mask
+    last: torch.Tensor  # int (texts,): the node at which each text of the tree ends
+    rows: list[int]  # its texts among all
+
+
+def plain(text: object) -> str:
+    """A text in one line, with escapes for the characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(text))
 
 
 def say(message: str) -> None:
     if RANK == 0:
-        print(message, flush=True)
+        print(plain(message), flush=True)
 
 
-def one_line(error: Exception) -> str:
-    text = f"found no {error}" if isinstance(error, KeyError) else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
+def warn(message: str) -> None:
+    if RANK == 0:
+        print(f"warning: {plain(message)}", file=sys.stderr)
+
+
+def stop(message: str) -> NoReturn:
+    raise Problem(message)
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def is_text(value: object) -> bool:
@@ -113,47 +174,51 @@ def is_text(value: object) -> bool:
     return value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
+def is_whole(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
 def check_settings() -> None:
-    """Ends the run at the first setting that makes no sense."""
-
-    def is_whole(value: object, least: int) -> bool:
-        return type(value) is int and value >= least
-
-    groups_right = isinstance(GROUPS, tuple | list) and GROUPS and all(is_whole(length, 1) for length in GROUPS)
-    resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 100_000
+    """Stops at the first setting that makes no sense."""
+    groups_right = isinstance(GROUPS, tuple | list) and GROUPS and all(is_whole(tokens, 1) for tokens in GROUPS)
+    kinds_right = isinstance(KINDS, tuple | list) and KINDS and set(KINDS) <= {"word", "recombined", "carried"}
+    resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 10_000
     for name, right, expected in (
         ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
         ("RESULTS_DIR", is_text(RESULTS_DIR), "the name of a folder"),
         ("WORDS_FILE", is_text(WORDS_FILE), "the name of a file"),
         ("GROUPS", groups_right, "numbers of tokens, such as (1, 2, 3, 4)"),
-        ("WORDS_PER_GROUP", WORDS_PER_GROUP is None or is_whole(WORDS_PER_GROUP, 2), "None or a number of at least 2"),
-        ("MIN_GROUP_SIZE", is_whole(MIN_GROUP_SIZE, 2), "a number of at least 2"),
+        ("KINDS", kinds_right, 'some of ("word", "recombined", "carried")'),
+        ("CARRIER", is_text(CARRIER), "the opening of a sentence"),
+        ("MATCH_FREQUENCY", type(MATCH_FREQUENCY) is bool, "True or False"),
+        ("WORDS_PER_GROUP", WORDS_PER_GROUP is None or is_whole(WORDS_PER_GROUP, 4), "None or a number of at least 4"),
+        ("MIN_GROUP_SIZE", is_whole(MIN_GROUP_SIZE, 4), "a number of at least 4"),
         ("LEADING_SPACE", type(LEADING_SPACE) is bool, "True or False"),
         ("PREPEND_BOS", type(PREPEND_BOS) is bool, "True or False"),
         ("DTYPE", DTYPE in ("float32", "bfloat16", "float16"), '"float32", "bfloat16" or "float16"'),
-        ("DEVICE", is_text(DEVICE), '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
-        ("BATCH_TOKENS", is_whole(BATCH_TOKENS, 1), "a number of at least 1"),
+        (
+            "DEVICE",
+            re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", str(DEVICE)),
+            '"auto", "cpu", "cuda", "cuda:1" or "mps"',
+        ),
+        ("BATCH_TOKENS", BATCH_TOKENS is None or is_whole(BATCH_TOKENS, 1), "None or a number of at least 1"),
         ("SEED", is_whole(SEED, 0), "a number of at least 0"),
-        ("BOOTSTRAP_RESAMPLES", resamples_right, "a number from 1 to 100000"),
+        ("BOOTSTRAP_RESAMPLES", resamples_right, "a number from 1 to 10000"),
     ):
         if not right:
-            fail(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
+            raise Problem(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
 
 
 def choose_device() -> torch.device:
     name = DEVICE
-    if DEVICE == "auto":
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and RANKS > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.zeros(1, device=name).device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        fewer = ", or start fewer ranks" * (RANKS > 1)
-        fail(f'DEVICE = {DEVICE!r}: {name} cannot be used here ({one_line(error)}): set it to "cpu"{fewer}')
-    if device.type not in ("cuda", "mps", "cpu"):
-        fail(f'DEVICE = {DEVICE!r}: expected "auto", "cpu", "cuda", "cuda:1" or "mps"')
-    return device
+        raise Problem(f'DEVICE = {DEVICE!r}: {name} cannot be used here ({reason(error)}): set it to "cpu"') from None
 
 
 def find_family(name: str) -> Path:
@@ -161,7 +226,7 @@ def find_family(name: str) -> Path:
     for folder in (Path(name), HERE / name):
         if folder.is_dir():
             return folder.resolve()
-    fail(
+    raise Problem(
         f"there is no folder {HERE / name}: fetch Pythia-1B with `python download_checkpoints.py`, or train "
         "a miniature with `python tests/miniature.py` and name its folder, miniature_checkpoints"
     )
@@ -169,92 +234,91 @@ def find_family(name: str) -> Path:
 
 def find_checkpoints(family: Path) -> dict[int, Path]:
     """The checkpoints of a family by training step, in ascending order."""
-    matches = (re.fullmatch("step(0|[1-9][0-9]{0,11})", folder.name) for folder in family.iterdir() if folder.is_dir())
-    steps = sorted(int(match[1]) for match in matches if match)
-    if not steps:
-        fail(f"{family} holds no checkpoint: expected a folder for each training step, such as step0 and step512")
-    return {step: family / f"step{step}" for step in steps}
+    folders = {}
+    for folder in family.iterdir():
+        if match := re.fullmatch("step(0|[1-9][0-9]{0,11})", folder.name):
+            folders[int(match[1])] = folder
+            if not folder.is_dir():  # a link that leads nowhere, say: without it another step would be the final one
+                raise Problem(f"{folder} is no folder: fetch that checkpoint again, or remove the entry")
+    if not folders:
+        raise Problem(f"{family} holds no checkpoint: expected a folder for each training step, such as step0")
+    return dict(sorted(folders.items()))
+
+
+def without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{key!r} stands there {count} times")
+    return dict(pairs)
 
 
 def read_json(file: Path, expected: str) -> dict:
-    """The object that a JSON file holds; an empty one is an error too."""
+    """The object that a JSON file holds. An empty one, and a key that stands in it twice, are errors too."""
+    if not file.is_file():
+        raise Problem(f"{file} is not there, or no file: expected {expected}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except OSError as error:
-        fail(f"{file} cannot be read ({error.strerror}): expected {expected}")
-    except json.JSONDecodeError as error:
-        fail(f"{file}, line {error.lineno}: not JSON ({error.msg}); expected {expected}")
+        raise Problem(f"{file} cannot be read ({error.strerror}): expected {expected}") from None
     except (ValueError, RecursionError) as error:
-        fail(f"{file}: not JSON ({one_line(error)}); expected {expected}")
+        raise Problem(f"{file} is not the JSON expected ({reason(error)}): expected {expected}") from None
     if not isinstance(content, dict) or not content:
         found = "an empty object" if content == {} else f"a {type(content).__name__}"
-        fail(f"{file}, line 1: found {found}, expected {expected}")
+        raise Problem(f"{file}: found {found}, expected {expected}")
     return content
 
 
-def read_words() -> list[str]:
-    """The words of WORDS_FILE in its order."""
+def read_words() -> dict[str, float]:
+    """The words of WORDS_FILE, in its order, and their frequencies."""
     file = HERE / WORDS_FILE
     words = read_json(file, 'an object {"word": frequency, ...}')
-
-    def is_usable(word: str, frequency: object) -> bool:
-        return is_text(word) and word.split() == [word] and type(frequency) in (int, float)
-
-    unusable = [f"{word!r}: {frequency!r:.40}" for word, frequency in words.items() if not is_usable(word, frequency)]
+    unusable = []
+    for word, frequency in words.items():
+        frequency_right = type(frequency) in (int, float) and 0 < frequency < math.inf
+        if not is_text(word) or word.split() != [word] or not frequency_right:
+            unusable.append(f"{word!r}: {frequency!r:.40}")
     if unusable:
-        more = f" and {len(unusable) - 5} more" if len(unusable) > 5 else ""
-        fail(f"{file}: expected words without white space and their frequencies, found {', '.join(unusable[:5])}{more}")
-    return list(words)
-
-
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Puts the name of a file in front of whatever error its reader raises."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{file.name}: {one_line(error)}") from error
+        some = ", ".join(unusable[:5])
+        raise Problem(
+            f"{file}: expected words without white space and frequencies above 0, found {len(unusable)} others: {some}"
+        )
+    return words
 
 
 def read_config(folder: Path) -> GPTNeoXConfig:
-    """The configuration of a checkpoint. Raises ValueError if it is not one of a GPT-NeoX model."""
-    with naming(folder / "config.json"):
-        model_type = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("model_type")
-        if model_type != "gpt_neox":
-            raise ValueError(f"the architecture is {model_type}, expected gpt_neox")
-        return GPTNeoXConfig.from_pretrained(folder)
+    """The configuration of a checkpoint's base model: what defines it, and nothing else of config.json."""
+    entries = read_json(folder / "config.json", "the configuration of a GPT-NeoX model")
+    if entries.get("model_type") != "gpt_neox":
+        raise Problem(f"the architecture is {entries.get('model_type')}, expected gpt_neox")
+    entries.pop("quantization_config", None)
+    config = GPTNeoXConfig.from_dict(entries)
+    return GPTNeoXConfig(**{name: getattr(config, name) for name in ARCHITECTURE})
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, which neither pads nor cuts. Raises ValueError if it cannot be used."""
-    with naming(folder / "tokenizer.json"):
-        tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
-        if PREPEND_BOS and tokenizer.token_to_id(BOS) is None:
-            raise ValueError(f"there is no token {BOS}; set PREPEND_BOS = False")
+def read_tokenizer(content: bytes) -> Tokenizer:
+    """The tokenizer that a tokenizer.json holds, made to neither pad nor cut."""
+    tokenizer = Tokenizer.from_buffer(content)
+    if PREPEND_BOS and tokenizer.token_to_id(BOS) is None:
+        raise Problem(f"its tokenizer has no token {BOS}; set PREPEND_BOS = False")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def read_final(folder: Path) -> tuple[GPTNeoXConfig, Tokenizer]:
-    """Configuration and tokenizer of the final checkpoint, which the others have to share."""
-    try:
-        return read_config(folder), read_tokenizer(folder)
-    except Exception as error:  # whatever the readers raise, there is nothing to compare with
-        fail(f"fetch or train again, or remove, what cannot be used: {folder}: {one_line(error)}")
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights of a checkpoint, one or shards: safetensors where there are, else pickled."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    name = next((name for name in names if (folder / name).is_file()), None)
-    if name is None:
-        raise FileNotFoundError(f"it has no weights, expected {names[0]} or {names[2]}")
-    if name.endswith(".index.json"):
-        with naming(folder / name):
-            shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    return [folder / name]
+    found = [name for name in names if (folder / name).is_file()]
+    if not found:
+        raise Problem(f"it has no weights, expected {names[0]} or {names[2]}")
+    shards = [found[0]]
+    if found[0].endswith(".index.json"):
+        index = read_json(folder / found[0], 'an object {"weight_map": {tensor: file, ...}}')
+        shards = sorted(set(index["weight_map"].values()))
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise Problem(f"its weights lack the file {shard}")
+    return [folder / shard for shard in shards]
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -264,147 +328,212 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     weights = {}
     for file in weight_files(folder):
-        with naming(file):
+        try:
             if file.suffix == ".safetensors":
                 weights |= load_file(file)
-            else:
-                weights |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            else:  # the pickles of old versions of torch cannot be mapped
+                weights |= torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+        except Exception as error:  # whatever the readers raise, the file cannot be used
+            raise Problem(f"{file.name}: {reason(error)}") from None
     return {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
 
 
-def read_ahead(folders: list[Path]) -> None:
-    """Reads the weights of checkpoints once, so that the operating system has them in memory when they are loaded."""
-    with suppress(OSError, ValueError):  # what is wrong with a file is said when it is loaded
-        for file in (file for folder in folders for file in weight_files(folder)):
-            with file.open("rb") as stream:
-                while stream.read(2**24):
-                    pass
+def load_weights(model: GPTNeoXModel, weights: dict[str, torch.Tensor], assign: bool = False) -> None:
+    """Copies weights into a model, in place: fresh memory would cost time. With assign, they take the place of its own.
+
+    That reads nothing from disk, so it checks a checkpoint on a model of the meta device. Raises RuntimeError for a
+    tensor of a wrong shape or type, Problem for one that is missing or has no place.
+    """
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=assign)
+    unexpected = [name for name in unexpected if not name.endswith(SURPLUS)]
+    if missing:
+        raise Problem(f"its weights lack {len(missing)} tensors of its config's model, such as {missing[0]}")
+    if unexpected:
+        raise Problem(f"its config's model has no place for {len(unexpected)} tensors, such as {unexpected[0]}")
+
+
+def fingerprint(folder: Path, weights: dict[str, torch.Tensor]) -> list:
+    """What changes with a checkpoint's weights: sizes and times of the files, names and four values of the tensors."""
+    stats = [file.stat() for file in weight_files(folder)]
+    samples = [tensor.flatten()[:: tensor.numel() // 4 + 1].tolist() for tensor in weights.values()]
+    return [[(stat.st_size, stat.st_mtime_ns) for stat in stats], list(weights), samples]
+
+
+def read_family(checkpoints: dict[int, Path]) -> tuple[GPTNeoXConfig, Tokenizer, dict[int, list]]:
+    """Checks every checkpoint. Returns what all share, config and tokenizer, and the fingerprint of each.
+
+    Stops, and names all that cannot be used, if some are not whole or not of the final checkpoint's kind.
+    """
+    final = checkpoints[max(checkpoints)]
+    fingerprints, unusable = {}, []
+    descending = sorted(checkpoints.items(), reverse=True)
+    for step, folder in tqdm(descending, desc="checking", unit="checkpoint", leave=False, disable=RANK > 0):
+        try:
+            own_config, weights = read_config(folder), read_weights(folder)
+            if not (folder / "tokenizer.json").is_file():
+                raise Problem("it has no tokenizer.json")
+            tokenizer_bytes = (folder / "tokenizer.json").read_bytes()
+            layers = own_config.num_hidden_layers
+            if not 0 < layers <= len(weights):  # to build a model of a million layers would take ages
+                raise Problem(f"its config has {layers} layers, its weights {len(weights)} tensors")
+            if folder == final:
+                config, tokenizer, final_bytes = own_config, read_tokenizer(tokenizer_bytes), tokenizer_bytes
+                if max(tokenizer.get_vocab().values()) >= config.vocab_size:
+                    raise Problem(f"its tokenizer has more tokens than its model, which knows {config.vocab_size} only")
+                with torch.device("meta"):
+                    model = GPTNeoXModel(config)
+            for name in ARCHITECTURE:
+                own, expected = getattr(own_config, name), getattr(config, name)
+                if own != expected:
+                    raise Problem(f"its {name} is {own}, that of {final.name} {expected}")
+            if tokenizer_bytes != final_bytes and read_tokenizer(tokenizer_bytes).to_str() != tokenizer.to_str():
+                raise Problem(f"its tokenizer is not that of {final.name}")
+            load_weights(model, weights, assign=True)
+            fingerprints[step] = fingerprint(folder, weights)
+        except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
+            unusable.append(f"{folder}: {error if isinstance(error, Problem) else reason(error)}")
+            if folder == final:  # there is nothing to compare the others with
+                break
+    if unusable:
+        raise Problem(f"fetch or train again, or remove, what cannot be used: {'; '.join(reversed(unusable))}")
+    return config, tokenizer, fingerprints
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[int, ...]]:
-    """The token ids of each text as it is read, after <|endoftext|> where PREPEND_BOS says so."""
-    start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
-    return [start + tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    """The token ids of each text, without <|endoftext|>."""
+    try:
+        return [tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    except Exception as error:  # tokenizers has no narrower one
+        raise Problem(f"the family's tokenizer cannot read the texts ({reason(error)}): fetch it again") from None
 
 
-def tokens_name(length: int) -> str:
-    return "1 token" if length == 1 else f"{length} tokens"
+def name_tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
-def draw_words(
-    words: list[str], tokenizer: Tokenizer, config: GPTNeoXConfig
-) -> tuple[list[str], list[str], list[tuple[int, ...]], np.ndarray]:
-    """Draws the words of each group. Returns words, texts as the model reads them, token ids, int (words,) lengths.
+def match_frequencies(groups: dict[int, list[Text]]) -> dict[int, list[Text]]:
+    """Takes equally many words of each frequency from every group: as many as the poorest has in each bin.
 
-    They are sorted by token ids, so that words with a common prefix are neighbours. A length is a word's number of
-    tokens, without <|endoftext|>.
+    A bin is a quarter of a power of ten wide. While fewer than MIN_GROUP_SIZE words can be matched, the smallest group
+    is left out. Within a bin the words are taken in the order of their group.
     """
-    groups = defaultdict(list)
-    texts = [" " * LEADING_SPACE + word for word in words]
-    for sequence, text, word in zip(encode(tokenizer, texts), texts, words, strict=True):
-        groups[len(sequence) - PREPEND_BOS].append((sequence, text, word))
-    drawn = []
-    for length in sorted(set(GROUPS)):
-        group = groups[length]
+    while True:
+        bins = {}  # bin: the words that each group has in it
+        for tokens, texts in groups.items():
+            for text in texts:
+                frequency_bin = math.floor(4 * math.log10(text.frequency))
+                bins.setdefault(frequency_bin, {tokens: [] for tokens in groups})[tokens].append(text)
+        room = [min(map(len, of_group.values())) for of_group in bins.values()]
+        if sum(room) >= MIN_GROUP_SIZE:
+            break
+        smallest = min(groups, key=lambda tokens: len(groups[tokens]))
+        warn(
+            f"{WORDS_FILE} has {len(groups[smallest])} words of {name_tokens(smallest)}, too few to match the other "
+            "groups in frequency: left out; add such words, or set MATCH_FREQUENCY = False"
+        )
+        groups = {tokens: texts for tokens, texts in groups.items() if tokens != smallest}
+    if WORDS_PER_GROUP is not None and sum(room) > WORDS_PER_GROUP:
+        ends = np.cumsum([0, *room]) * WORDS_PER_GROUP // sum(room)  # so rounded, they add up to WORDS_PER_GROUP
+        room = np.diff(ends)
+    matched = {tokens: [] for tokens in groups}
+    for count, of_group in zip(room, bins.values(), strict=True):
+        for tokens, texts in of_group.items():
+            matched[tokens] += texts[:count]
+    return matched
+
+
+def draw_words(texts: list[Text]) -> dict[int, list[Text]]:
+    """Draws the words of each group, by their number of tokens."""
+    groups = {}
+    for tokens in sorted(set(GROUPS)):
+        group = [text for text in texts if len(text.token_ids) == tokens]
         if len(group) < MIN_GROUP_SIZE:
-            warn(f"{WORDS_FILE} has {len(group)} words of {tokens_name(length)}, fewer than MIN_GROUP_SIZE: left out")
+            warn(f"{WORDS_FILE} has {len(group)} words of {name_tokens(tokens)}, fewer than MIN_GROUP_SIZE: left out")
             continue
-        if length + PREPEND_BOS > config.max_position_embeddings:
-            fail(f"words of {tokens_name(length)} do not fit {config.max_position_embeddings} positions: change GROUPS")
-        if WORDS_PER_GROUP is not None and len(group) > WORDS_PER_GROUP:
-            chosen = np.random.default_rng([SEED, length]).choice(len(group), WORDS_PER_GROUP, replace=False)
-            group = [group[index] for index in chosen]
-        drawn += group
-    if not drawn:
-        fail(f"{HERE / WORDS_FILE}: no group has MIN_GROUP_SIZE = {MIN_GROUP_SIZE} words; lower it or add words")
-    sequences, texts, words = map(list, zip(*sorted(drawn), strict=True))
-    return words, texts, sequences, np.array([len(sequence) - PREPEND_BOS for sequence in sequences])
+        order = np.random.default_rng([SEED, tokens]).permutation(len(group))
+        groups[tokens] = [group[index] for index in order]
+    if not groups:
+        raise Problem(
+            f"{HERE / WORDS_FILE}: no group has MIN_GROUP_SIZE = {MIN_GROUP_SIZE} words: lower it or add words"
+        )
+    if MATCH_FREQUENCY:
+        return match_frequencies(groups)
+    return {tokens: group[:WORDS_PER_GROUP] for tokens, group in groups.items()}
 
 
-def check_checkpoint(
-    folder: Path, final: Path, config: GPTNeoXConfig, texts: list[str], sequences: list[tuple[int, ...]]
-) -> str:
-    """Checks that a checkpoint is whole and of the final one's kind, or raises an exception that says why not.
+def recombine(group: list[Text], tokenizer: Tokenizer, words: set[str]) -> list[Text]:
+    """Puts each word's last token after the first tokens of another, so that no result is one of the words.
 
-    Returns a digest of one row of weights: checkpoints with different digests carry different weights.
+    Every beginning is used once. They are drawn at random; those that make a word change places with others until none
+    does.
     """
-    own_config = read_config(folder)
-    for name in ARCHITECTURE:
-        own, expected = getattr(own_config, name), getattr(config, name)
-        if own != expected:
-            raise ValueError(f"its {name} is {own}, that of {final.name} {expected}")
-    if (folder / "tokenizer.json").read_bytes() != (final / "tokenizer.json").read_bytes():
-        for text, own, expected in zip(texts, encode(read_tokenizer(folder), texts), sequences, strict=True):
-            if own != expected:
-                raise ValueError(f"its tokenizer reads {text!r} as {own}, that of {final.name} as {expected}")
-    weights = read_weights(folder)
-    if not 0 < config.num_hidden_layers <= len(weights):  # said here, since to build such a model might take for ever
-        raise ValueError(f"its config has {config.num_hidden_layers} layers, its weights {len(weights)} tensors")
-    with torch.device("meta"):
-        parameters = dict(GPTNeoXModel(config).named_parameters())
-    for name, parameter in parameters.items():
-        tensor = weights.get(name)
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"its weights lack the tensor {name}")
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"its tensor {name} is {found}, expected floating point {tuple(parameter.shape)}")
-    row = weights["layers.0.attention.query_key_value.weight"][0].float()
-    return hashlib.sha256(row.numpy().tobytes()).hexdigest()
+    tokens = len(group[0].token_ids)
+    rng = np.random.default_rng([SEED, tokens])
+    beginnings = [text.token_ids[:-1] for text in group]
+    rng.shuffle(beginnings)
+    for _ in range(1000):
+        sequences = [(*beginning, text.token_ids[-1]) for beginning, text in zip(beginnings, group, strict=True)]
+        strings = tokenizer.decode_batch(sequences)
+        words_made = [index for index, string in enumerate(strings) if string in words]
+        if not words_made:
+            return [Text(string, math.nan, ids) for string, ids in zip(strings, sequences, strict=True)]
+        for index in words_made:
+            other = rng.integers(len(group))
+            beginnings[index], beginnings[other] = beginnings[other], beginnings[index]
+    raise Problem(
+        f"{HERE / WORDS_FILE}: found no way to recombine the words of {name_tokens(tokens)} without making words: add "
+        'words, or take "recombined" out of KINDS'
+    )
 
 
-def same_weights(folder: Path, other: Path) -> bool:
-    weights, others = read_weights(folder), read_weights(other)
-    return all(torch.equal(weights[name].float(), others[name].float()) for name in weights.keys() & others.keys())
+def choose_curves(words: dict[str, float], tokenizer: Tokenizer, config: GPTNeoXConfig) -> list[Curve]:
+    """The curves with their texts. The n-th text of a group ends in the same token in all kinds."""
+    strings = [" " + word if LEADING_SPACE else word for word in words]
+    all_texts = []
+    for word, token_ids in zip(words, encode(tokenizer, strings), strict=True):
+        all_texts.append(Text(word, words[word], token_ids))
+    decoded = set(tokenizer.decode_batch([text.token_ids for text in all_texts]))
+    (carrier,) = encode(tokenizer, [CARRIER])
+    curves, stop = [], 0
+    for tokens, group in draw_words(all_texts).items():
+        for kind in KINDS:
+            texts = group
+            if kind == "recombined":
+                if tokens == 1:
+                    continue
+                texts = recombine(group, tokenizer, decoded)
+            if kind == "carried":
+                if len(carrier) < tokens:
+                    raise Problem(f"CARRIER has {len(carrier)} tokens, too few for words of {name_tokens(tokens)}")
+                texts = [text._replace(token_ids=carrier[tokens - 1 :] + text.token_ids) for text in group]
+            start, stop = stop, stop + len(texts)
+            curves.append(Curve(tokens, kind, texts, slice(start, stop), {}))
+    longest = max(len(text.token_ids) for curve in curves for text in curve.texts) + PREPEND_BOS
+    if longest > config.max_position_embeddings:
+        raise Problem(
+            f"the longest text has {longest} tokens, the model {config.max_position_embeddings} positions: change "
+            "GROUPS or CARRIER"
+        )
+    return curves
 
 
-def check_checkpoints(
-    checkpoints: dict[int, Path], config: GPTNeoXConfig, texts: list[str], sequences: list[tuple[int, ...]]
-) -> None:
-    """Stops if a checkpoint cannot be used, and warns of checkpoints that carry the same weights."""
-    final = checkpoints[max(checkpoints)]
-    for text, sequence in zip(texts, sequences, strict=True):
-        if max(sequence) >= config.vocab_size:
-            fail(
-                f"{final}: its tokenizer reads {text!r} as {sequence}, its model knows {config.vocab_size} tokens only"
-            )
-    unusable, steps_by_digest = [], defaultdict(list)
-    for step, folder in tqdm(checkpoints.items(), desc="checking", unit="checkpoint", leave=False, disable=RANK > 0):
-        try:
-            steps_by_digest[check_checkpoint(folder, final, config, texts, sequences)].append(step)
-        except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
-            unusable.append(f"{folder}: {one_line(error)}")
-    if unusable:
-        fail(f"fetch or train again, or remove, what cannot be used: {'; '.join(unusable)}")
-    if RANK > 0:  # one process compares whole files, and warns
-        return
-    for first, *others in steps_by_digest.values():
-        same = [first, *(step for step in others if same_weights(checkpoints[first], checkpoints[step]))]
-        if len(same) > 1:
-            warn(f"steps {', '.join(map(str, same))} have identical weights: the curves stand still between them")
+def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list[Tree]:
+    """Packs token sequences into prefix trees, in which every distinct prefix stands once.
 
-
-def prefix_trees(
-    sequences: list[tuple[int, ...]], device: torch.device
-) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Packs sorted token sequences into prefix trees, in which every distinct prefix stands once.
-
-    A causal model's hidden state depends on the prefix alone. So the nodes of a tree are put in one input
-    sequence, where each attends to its ancestors and itself, and its position is its depth. A tree ends before
-    it grows beyond BATCH_TOKENS nodes, unless one sequence is longer; the next repeats only the ancestors that both
-    need.
-
-    Returns for each tree the model's inputs, input_ids and position_ids, int (1, nodes), and attention_mask, bool
-    (1, 1, nodes, nodes); and int (sequences of the tree,) last: the node at which each sequence ends.
+    A causal model's hidden state depends on the prefix alone. So the nodes of a tree are put in one input sequence,
+    where each attends to its ancestors and itself, and its position is its depth. A tree ends before it grows beyond
+    the batch's tokens, unless one sequence is longer; the next repeats only the ancestors that both need.
     """
+    batch_tokens = BATCH_TOKENS or (256 if device.type == "cpu" else 2048)
     trees, previous, path = [], (), []
-    for sequence in sequences:
+    for row in sorted(range(len(sequences)), key=sequences.__getitem__):
+        sequence = sequences[row]
         shared = 0
         while shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
             shared += 1
-        if not trees or len(trees[-1][0]) + len(sequence) - shared > BATCH_TOKENS:
-            tokens, paths, last = [], [], []
-            trees.append((tokens, paths, last))
+        if not trees or len(trees[-1][0]) + len(sequence) - shared > batch_tokens:
+            tokens, paths, last, rows = [], [], [], []
+            trees.append((tokens, paths, last, rows))
             shared = 0
         path = path[:shared]
         for token in sequence[shared:]:
@@ -412,22 +541,19 @@ def prefix_trees(
             tokens.append(token)
             paths.append(path)
         last.append(path[-1])
+        rows.append(row)
         previous = sequence
 
-    def tensors(
-        tokens: list[int], paths: list[list[int]], last: list[int]
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    packed = []
+    for tokens, paths, last, rows in trees:
+        mask = torch.zeros(1, 1, len(tokens), len(tokens), dtype=torch.bool)
         for node, path in enumerate(paths):
-            mask[node, path] = True
-        inputs = {
-            "input_ids": torch.tensor([tokens]),
-            "position_ids": torch.tensor([[len(path) - 1 for path in paths]]),
-            "attention_mask": mask[None, None],
-        }
-        return {name: tensor.to(device) for name, tensor in inputs.items()}, torch.tensor(last, device=device)
-
-    return [tensors(*tree) for tree in trees]
+            mask[0, 0, node, path] = True
+        positions = torch.tensor([[len(path) - 1 for path in paths]])
+        inputs = {"input_ids": torch.tensor([tokens]), "position_ids": positions, "attention_mask": mask}
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        packed.append(Tree(inputs, torch.tensor(last, device=device), rows))
+    return packed
 
 
 def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor, activation: str = "none") -> torch.Tensor:
@@ -440,211 +566,407 @@ def onednn_mlp(mlp: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
     return mlp.dense_4h_to_h(onednn_linear(mlp.dense_h_to_4h, states, "gelu"))
 
 
-def build_model(folder: Path, device: torch.device) -> GPTNeoXModel:
-    """The base model, without its head. Its blocks compute in DTYPE; the residual stream stays in float32."""
-    model = GPTNeoXModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
+def build_model(config: GPTNeoXConfig, device: torch.device) -> GPTNeoXModel:
+    """The base model, with no weights yet. Its blocks compute in DTYPE; the residual stream stays in float32."""
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):  # so that no time goes into random weights
+        model = GPTNeoXModel(config)
+    model.to_empty(device=device).eval()
+    model.rotary_emb = type(model.rotary_emb)(config).to(
+        device
+    )  # its frequencies are no weights: load_weights has none
     linear_layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     for layer in linear_layers:
         layer.to(getattr(torch, DTYPE))
     if DTYPE == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
         for layer in linear_layers:
             layer.forward = partial(onednn_linear, layer)
-        if model.config.hidden_act == "gelu":
+        if config.hidden_act == "gelu":
             for block in model.layers:
                 block.mlp.forward = partial(onednn_mlp, block.mlp)
     return model
 
 
-def load_weights(model: GPTNeoXModel, folder: Path) -> None:
-    """Overwrites the weights of the model by those of a checkpoint, in place: fresh memory would cost more time."""
-    weights = read_weights(folder)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name].to(parameter.device))
+def read_ahead(folder: Path) -> None:
+    """Reads the weights of a checkpoint once, so that the operating system has them in memory when they are loaded."""
+    with suppress(OSError, Problem):  # what is wrong with a file is said when it is loaded
+        for file in weight_files(folder):
+            with file.open("rb") as stream:
+                while stream.read(2**24):
+                    pass
 
 
-def unit_states(
-    model: GPTNeoXModel,
-    folders: list[Path],
-    trees: list[tuple[dict[str, torch.Tensor], torch.Tensor]],
-    texts: list[str],
-    progress: tqdm,
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields the hidden states of the checkpoint in folders[0] at the last token of each text, scaled to unit length.
+def make_store(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Room for the unit states of a checkpoint: in the GPU's memory if it has plenty, else in a temporary file."""
+    needed, folder = 4 * math.prod(shape), HERE / RESULTS_DIR
+    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
+        return torch.empty(shape, device=device)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise Problem(f"{folder}: hidden states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room")
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (the memory map outlives this function)
+    for _ in range(shape[0]):
+        file.write(bytes(needed // shape[0]))  # a full disk is an error here; later, it would kill the process
+    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
-    Tree by tree: the rows of its texts, and their states, float32 (texts of the tree, layers + 1, width).
-    Meanwhile the weights in the other folders, those that are needed next, are read from disk.
+
+def read_unit_states(
+    model: GPTNeoXModel, upcoming: list[Path], trees: list[Tree], texts: list[Text], store: torch.Tensor, progress: tqdm
+) -> None:
+    """Fills store, float32 (layers + 1, texts, width), with the hidden state at each text's last token, at length 1.
+
+    They are those of the first of the upcoming checkpoints, which is taken from the list. Meanwhile the weights of the
+    next one are read from disk.
     """
-    load_weights(model, folders[0])
-    Thread(target=read_ahead, args=[folders[1:]], daemon=True).start()
-    stop = 0
-    for inputs, last in trees:
-        start, stop = stop, stop + len(last)
+    folder = upcoming.pop(0)
+    progress.set_description(folder.name)
+    load_weights(model, read_weights(folder))
+    for following in upcoming[:1]:
+        Thread(target=read_ahead, args=[following], daemon=True).start()
+    for tree in trees:
         with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
-            hidden_states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-        states = torch.stack([layer[0, last] for layer in hidden_states]).float()
+            hidden_states = model(**tree.inputs, use_cache=False, output_hidden_states=True).hidden_states
+        states = torch.stack([layer[0, tree.last] for layer in hidden_states]).float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         wrong = ~(norms.isfinite() & (norms > 0))
         if wrong.any():
-            layer, row, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
-            progress.close()
-            where, text = f"{folders[0].name}, layer {layer}", texts[start + row][-60:]
-            remedy = f'fetch {folders[0]} again, or set DTYPE = "float32"'
-            fail(f"{where}: the hidden state of {text!r} is not finite, or zero; {remedy}")
-        yield slice(start, stop), (states / norms).transpose(0, 1)
+            layer, index, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
+            word = texts[tree.rows[index]].word
+            raise Problem(
+                f"{folder.name}, layer {layer}: the hidden state of {word!r:.60} is not finite, or zero; fetch "
+                f'{folder} again, or set DTYPE = "float32"'
+            )
+        store[:, tree.rows] = (states / norms).to(store.device)
         progress.update()
 
 
-def state_store(shape: tuple[int, int, int], folder: Path, device: torch.device) -> torch.Tensor:
-    """Room for the hidden states of a checkpoint; on a CPU in a temporary file, so that memory does not grow."""
-    if device.type != "cpu":
-        return torch.empty(shape, device=device)
-    needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(folder).free
-    if needed > free:
-        fail(f"{folder}: the hidden states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of disk are free: make room")
-    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (the memory map outlives this function)
-    row = bytes(4 * shape[1] * shape[2])
-    for _ in range(shape[0]):
-        file.write(row)  # a full disk is an error here; met later, through the memory map, it would kill the process
-    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+def unbiased_hsic(left: torch.Tensor, right: torch.Tensor) -> float:
+    """The unbiased estimate of HSIC (Song et al. 2012, JMLR 13, equation 5).
+
+    left, right: float64 (texts, texts), kernels whose diagonals are zero.
+    """
+    count = len(left)
+    of_sums = left.sum() * right.sum() / ((count - 1) * (count - 2))
+    of_rows = 2 * (left.sum(0) @ right.sum(0)) / (count - 2)
+    return ((left * right).sum() + of_sums - of_rows).item() / (count * (count - 3))
+
+
+def linear_cka(states: torch.Tensor, others: torch.Tensor) -> float:
+    """Linear CKA with the unbiased HSIC (Nguyen et al. 2021, arXiv:2010.15327), of two float32 (texts, width).
+
+    NaN where a HSIC in the denominator is not positive.
+    """
+    kernels = []
+    for matrix in (states, others):
+        kernel = (matrix @ matrix.T).cpu().double()
+        kernels.append(kernel.fill_diagonal_(0))
+    own, other = (unbiased_hsic(kernel, kernel) for kernel in kernels)
+    return unbiased_hsic(*kernels) / math.sqrt(own * other) if own > 0 and other > 0 else math.nan
+
+
+def compare(unit: torch.Tensor, final: torch.Tensor, before: torch.Tensor) -> dict[str, torch.Tensor | float]:
+    """Compares the unit states of one curve in one layer with those of the final checkpoint and of the one before.
+
+    Each is float32 (texts, width). Returns OF_TEXTS, each float32 (texts,), and OF_CURVES, each a number.
+    """
+    similarity = (unit * final).sum(-1)
+    pairs = unit.sum(0) @ final.sum(0) - similarity.sum()  # the sum over all pairs of different texts
+    own, own_final = unit - unit.mean(0), final - final.mean(0)
+    return {
+        "similarity": similarity.cpu(),
+        "stability": (unit * before).sum(-1).cpu(),
+        "covariance": (own * own_final).sum(-1).cpu(),
+        "variance": (own * own).sum(-1).cpu(),
+        "unrelated": pairs.item() / (len(unit) * (len(unit) - 1)),
+        "cka": linear_cka(own[:1000], own_final[:1000]),  # centred, the same: the estimate ignores common parts
+    }
+
+
+def contribution_of(
+    states: torch.Tensor,
+    final_states: torch.Tensor,
+    states_before: torch.Tensor,
+    curves: list[Curve],
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """All that a checkpoint contributes, from its unit states, the final ones and those of the checkpoint before.
+
+    Each is (layers + 1, texts, width). Returns OF_TEXTS, float32 (layers + 1, texts), and OF_CURVES, float32
+    (layers + 1, curves).
+    """
+    layers, texts, _ = states.shape
+    contribution = {name: np.empty((layers, texts), np.float32) for name in OF_TEXTS}
+    contribution |= {name: np.empty((layers, len(curves)), np.float32) for name in OF_CURVES}
+    for layer in range(layers):
+        for number, curve in enumerate(curves):
+            stores = (states, final_states, states_before)
+            unit, final, before = (store[layer, curve.rows].to(device) for store in stores)
+            for name, value in compare(unit, final, before).items():
+                place = curve.rows if name in OF_TEXTS else number
+                contribution[name][layer, place] = np.asarray(value)
+    return contribution
 
 
 def measure(
     checkpoints: dict[int, Path],
-    missing: dict[int, str],
-    kept: Path,
-    texts: list[str],
-    sequences: list[tuple[int, ...]],
-    lengths: np.ndarray,
+    missing: dict[int, Path],
+    curves: list[Curve],
+    config: GPTNeoXConfig,
     device: torch.device,
 ) -> None:
-    """Measures the missing checkpoints (step: key), and keeps what each contributes as soon as it is known."""
+    """Measures the missing checkpoints, {step: file}, and keeps what each contributes as soon as it is known."""
     final = max(checkpoints)
     before = dict(zip(list(checkpoints)[1:], checkpoints, strict=False))
-    passes = [final]  # the final checkpoint first, then in ascending order; each needs the states of the one before
-    for step in missing:
-        if step in before and before[step] not in missing:
-            passes.append(before[step])
-        if step != final:
-            passes.append(step)
-    trees = prefix_trees(sequences, device)
-    model = build_model(checkpoints[passes[0]], device)
-    shape = (len(texts), model.config.num_hidden_layers + 1, model.config.hidden_size)
-    final_states, previous_states = (state_store(shape, kept, device) for _ in range(2))
-    members = torch.from_numpy(lengths == np.unique(lengths)[:, None]).float().to(device)  # (groups, words)
-    count = members.sum(1, keepdim=True).cpu().double()
-
-    def group_sums(rows: slice, states: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("gw,wld->gld", members[:, rows], states).cpu().double()
-
-    def compare(step: int, blocks: Iterable[tuple[slice, torch.Tensor]]) -> None:
-        similarity, stability, sums = torch.empty(shape[:2]), torch.full(shape[:2], torch.nan), 0
-        for rows, states in blocks:
-            similarity[rows] = (states * final_states[rows]).sum(-1).cpu()
-            if step in before:
-                stability[rows] = (states * previous_states[rows]).sum(-1).cpu()
-            sums += group_sums(rows, states)
-            previous_states[rows] = states
-        if step in missing:
-            # the sum over all pairs of words is the product of the sums, less each word's pair with itself
-            self_pairs = members.cpu().double() @ similarity.double()
-            unrelated = ((sums * final_sums).sum(-1) - self_pairs) / (count * (count - 1))
-            arrays = {"similarity": similarity.T, "stability": stability.T, "unrelated": unrelated}
-            write_arrays(kept / f"step{step}.npz", key=missing[step], **arrays)
-
-    final_sums, all_rows = 0, []
-    with tqdm(total=len(passes) * len(trees), unit="batch", disable=RANK > 0) as progress:
-        for index, step in enumerate(passes):
-            progress.set_description(f"checkpoint {index + 1} of {len(passes)}, step {step}")
-            folders = [checkpoints[step] for step in passes[index : index + 2]]
-            blocks = unit_states(model, folders, trees, texts, progress)
+    needed = sorted(set(missing) | {before[step] for step in missing if step in before})
+    upcoming = [checkpoints[step] for step in dict.fromkeys([final, *needed])]
+    texts = [text for curve in curves for text in curve.texts]
+    trees = prefix_trees([text.token_ids for text in texts], device)
+    model = build_model(config, device)
+    shape = (config.num_hidden_layers + 1, len(texts), config.hidden_size)
+    final_states, states, states_before = (make_store(shape, device) for _ in range(3))
+    with tqdm(total=len(upcoming) * len(trees), unit="batch", disable=RANK > 0) as progress:
+        read_unit_states(model, upcoming, trees, texts, final_states, progress)
+        for step in needed:
             if step == final:
-                for rows, states in blocks:
-                    final_states[rows] = states
-                    final_sums += group_sums(rows, states)
-                    all_rows.append(rows)
+                states = final_states
             else:
-                compare(step, blocks)
-    if final in missing:
-        compare(final, ((rows, final_states[rows]) for rows in all_rows))
+                read_unit_states(model, upcoming, trees, texts, states, progress)
+            if step in missing:
+                contribution = contribution_of(states, final_states, states_before, curves, device)
+                if step not in before:
+                    contribution["stability"][:] = np.nan
+                write_arrays(missing[step], contribution)
+            states, states_before = states_before, states
 
 
-def fingerprint(folder: Path) -> list:
-    """What changes when the files of a checkpoint change."""
-    files = [folder / "config.json", *weight_files(folder)]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def contribution_keys(checkpoints: dict[int, Path], fingerprints: dict[int, list], inputs: list) -> dict[int, str]:
+    """For each step, a digest of all that its contribution depends on, the code that measures it included."""
+    functions = (read_weights, load_weights, encode, prefix_trees, onednn_linear, onednn_mlp, build_model)
+    functions += (read_unit_states, unbiased_hsic, linear_cka, compare, contribution_of, measure)
+    code = [inspect.getsource(function) for function in functions]
+    shared = [code, torch.__version__, transformers.__version__, inputs, fingerprints[max(checkpoints)]]
+    keys, before = {}, None
+    for step in checkpoints:
+        parts = json.dumps([*shared, fingerprints[step], before])
+        keys[step] = hashlib.sha256(parts.encode()).hexdigest()[:16]
+        before = fingerprints[step]
+    return keys
 
 
-def contribution_keys(checkpoints: dict[int, Path], inputs: list) -> dict[int, str]:
-    """For each step, a digest of all that its contribution depends on."""
-    prints = {step: fingerprint(folder) for step, folder in checkpoints.items()}
-    final, before = max(checkpoints), dict(zip(list(checkpoints)[1:], checkpoints, strict=False))
-    parts = {step: [inputs, prints[step], prints.get(before.get(step)), prints[final]] for step in checkpoints}
-    return {step: hashlib.sha256(json.dumps(part).encode()).hexdigest() for step, part in parts.items()}
+@contextmanager
+def written_whole(file: Path, mode: str, **how: str) -> Iterator[IO]:
+    """A new file to write to, which takes the given name only when it is whole."""
+    partial_file = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial_file.unlink(missing_ok=True)
+    try:
+        with partial_file.open(mode, **how) as stream:
+            yield stream
+        partial_file.replace(file)
+    finally:
+        partial_file.unlink(missing_ok=True)
 
 
-def write_arrays(file: Path, **arrays: object) -> None:
-    """Writes arrays to a file that appears under its name only when it is whole."""
-    partial_file = file.with_name(f".{file.name}.partial")
-    with partial_file.open("wb") as stream:
+def write_arrays(file: Path, arrays: dict[str, object]) -> None:
+    with written_whole(file, "xb") as stream:
         np.savez(stream, **arrays)
-    partial_file.replace(file)
 
 
-def read_kept(file: Path, key: str) -> dict[str, np.ndarray] | None:
-    """What a checkpoint contributed, or None if that is not known for this key."""
+def read_kept(file: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray] | None:
+    """What a checkpoint contributed, or None if that is not known: arrays of these names and shapes."""
     try:
         with np.load(file) as arrays:
-            return dict(arrays) if arrays["key"] == key else None
+            contribution = dict(arrays)
     except Exception:  # whatever the reader raises, the file holds nothing that can be used
         return None
+    right = {name: array.shape for name, array in contribution.items()} == shapes
+    return contribution if right else None
 
 
-def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % percentile interval of the mean over the first axis (Efron 1979, doi:10.1214/aos/1176344552)."""
-    random = np.random.default_rng(SEED)
-    count = len(values)
-    draws = (np.bincount(random.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_RESAMPLES))
-    means = (np.stack(list(draws)) / count) @ values.reshape(count, -1).astype(np.float64)
-    low, high = np.percentile(means, (2.5, 97.5), axis=0)
-    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+def open_results(family: Path) -> tuple[Path, list[str]]:
+    """The folder of a family's results, and the names of the figures that an earlier run drew there."""
+    if not family.name:
+        raise Problem(f"{family} has no name for a folder of results: name a folder within it")
+    results = HERE / RESULTS_DIR / family.name
+    (results / "kept").mkdir(parents=True, exist_ok=True)
+    record = results / "kept" / "run.json"
+    if not record.exists():
+        return results, []
+    earlier = read_json(record, "the record of an earlier run; delete it")
+    if earlier.get("family") != str(family):
+        raise Problem(
+            f"{results} holds the results of {earlier.get('family')}: rename one of the families, or set another "
+            f"RESULTS_DIR; if {family} is the same family, moved, delete {record}"
+        )
+    return results, earlier.get("figures", [])
 
 
-def mean_curves(contributions: dict[str, np.ndarray], lengths: np.ndarray) -> dict[int, dict]:
-    """The curves of each group, by its number of tokens: each float64 (steps, layers + 1).
+def write_record(results: Path, family: Path, figures: list[str]) -> None:
+    with written_whole(results / "kept" / "run.json", "x", encoding="utf-8") as stream:
+        json.dump({"family": str(family), "figures": figures}, stream)
 
-    contributions: similarity and stability, float32 (steps, layers + 1, words), and unrelated, float64 (steps, groups,
-    layers + 1).
+
+def agree_between_ranks(missing: dict[int, Path], keys: dict[int, str]) -> dict[int, Path]:
+    """Connects the ranks. Returns what the first of them misses, once all have the same keys."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
+    seen = [None] * RANKS
+    torch.distributed.all_gather_object(seen, (missing, keys))
+    if any(other_keys != keys for _, other_keys in seen):
+        raise Problem(
+            "the ranks differ in the script, its inputs, the checkpoints or the libraries: make them the same"
+        )
+    return seen[0][0]
+
+
+def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
+    """Warns of checkpoints with the same values, bit for bit, from layer 0 up to some layer: they share weights.
+
+    values: float (steps, layers + 1, texts).
     """
-    curves = {}
-    for group, length in enumerate(np.unique(lengths)):
-        similarity = contributions["similarity"][..., lengths == length]  # (steps, layers + 1, words of the group)
-        low, high = bootstrap_interval(np.moveaxis(similarity, -1, 0))
-        curves[int(length)] = {
-            "words": similarity.shape[-1],
-            "similarity": similarity.mean(-1, dtype=np.float64),
-            "ci_low": low,
-            "ci_high": high,
-            "unrelated": contributions["unrelated"][:, group],
-            "stability": contributions["stability"][..., lengths == length].mean(-1, dtype=np.float64),
-        }
-    return curves
+    layers = values.shape[1] - 1
+    copies = defaultdict(list)  # (the earlier step, the last layer that is equal): the later ones
+    for later in range(1, len(steps)):
+        deepest, source = -1, 0
+        for earlier in range(later):
+            layer = -1
+            while layer < layers and np.array_equal(
+                values[earlier, layer + 1], values[later, layer + 1], equal_nan=True
+            ):
+                layer += 1
+            if layer > deepest:
+                deepest, source = layer, earlier
+        if deepest >= 0:
+            copies[steps[source], deepest].append(steps[later])
+    for (source, layer), others in copies.items():
+        extent = f"up to layer {layer} of {layers}" if layer < layers else "in all layers"
+        shown = ", ".join(map(str, others[:12])) + (f" and {len(others) - 12} more" if len(others) > 12 else "")
+        warn(
+            f"steps {source} and {shown} have the same hidden states {extent}: they carry the same weights, so the "
+            "curves say nothing between them"
+        )
 
 
-def write_csv(file: Path, leading: tuple[str, str], tables: dict[tuple, dict], names: tuple, steps: list[int]) -> None:
-    """Writes a row for each table, step and layer: the table's two leading values, then the named curves' values.
+def resample(last_tokens: list[int], seed: int) -> np.ndarray:
+    """How often each text counts, float64 (1 + BOOTSTRAP_RESAMPLES, texts).
 
-    A curve is float (steps, layers + 1). A value that is not defined is left empty.
+    Once each in row 0, which gives the estimate. In the others as often as its last token was drawn, from all last
+    tokens with replacement: words that end in the same token are not independent.
     """
-    partial_file = file.with_name(f".{file.name}.partial")
-    with partial_file.open("w", encoding="utf-8", newline="") as stream:
+    _, clusters = np.unique(last_tokens, return_inverse=True)
+    count = clusters.max() + 1
+    rng = np.random.default_rng([SEED, seed])
+    counts = [np.ones(count)]
+    for _ in range(BOOTSTRAP_RESAMPLES):
+        counts.append(np.bincount(rng.integers(count, size=count), minlength=count))
+    return np.stack(counts)[:, clusters]
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % percentile interval (Efron 1979, doi:10.1214/aos/1176344552) of values that start with the estimate.
+
+    Infinite values stand for later than all others; a bound among them is NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        low, high = np.percentile(values[1:], (2.5, 97.5), axis=0)
+    return np.where(np.isfinite(low), low, np.nan), np.where(np.isfinite(high), high, np.nan)
+
+
+def half_way_steps(centred: np.ndarray, steps: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where a curve last passes half of its way from its first value to 1, linear in log2(1 + step).
+
+    centred: float (1 + resamples, steps, layers + 1). Returns the steps, float (1 + resamples, layers + 1), infinite
+    where there are none; and the index of the checkpoint before each, int.
+    """
+    first = centred[:, :1]
+    progress = (centred - first) / (1 - first)
+    upwards = (progress[:, :-1] < 0.5) & (progress[:, 1:] >= 0.5)
+    index = len(steps) - 2 - upwards[:, ::-1].argmax(1)  # of the last crossing
+    before = np.take_along_axis(progress, index[:, None], 1)[:, 0]
+    after = np.take_along_axis(progress, index[:, None] + 1, 1)[:, 0]
+    position = np.log2(1 + np.array(steps))
+    part = (0.5 - before) / (after - before)
+    half_way = 2 ** (position[index] + part * (position[index + 1] - position[index])) - 1
+    return np.where(upwards.any(1), half_way, np.inf), index
+
+
+def tabulate(
+    contributions: dict[str, np.ndarray], number: int, curve: Curve, steps: list[int]
+) -> dict[str, np.ndarray]:
+    """All that is found of a curve: the columns of convergence.csv, float64 (steps, layers + 1) each, and the half-way
+    steps, float64 (1 + resamples, layers + 1), with the checkpoint before each, int.
+
+    contributions: OF_TEXTS, (steps, layers + 1, texts), and OF_CURVES, (steps, layers + 1, curves).
+    """
+    weights = resample([text.token_ids[-1] for text in curve.texts], curve.tokens)
+    sums = {}  # each (1 + resamples, steps, layers + 1)
+    for name in ("similarity", "covariance", "variance"):
+        sums[name] = np.tensordot(weights, contributions[name][..., curve.rows], (1, 2))
+    similarity = sums["similarity"] / weights.sum(1)[:, None, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centred = sums["covariance"] / np.sqrt(sums["variance"] * sums["variance"][:, -1:])
+    table = {"similarity": similarity[0], "centred": centred[0]}
+    table["similarity_low"], table["similarity_high"] = interval(similarity)
+    table["centred_low"], table["centred_high"] = interval(centred)
+    table["stability"] = contributions["stability"][..., curve.rows].mean(-1, dtype=np.float64)
+    for name in OF_CURVES:
+        table[name] = contributions[name][..., number].astype(np.float64)
+    if len(steps) > 1:
+        table["half_way"], table["index_before"] = half_way_steps(centred, steps)
+    return table
+
+
+def find_contrasts(curves: list[Curve]) -> list[Contrast]:
+    """Every group against the smallest, carried; and in every group the words against the recombined strings."""
+    contrasts = []
+    for curve in curves:
+        for other in curves:
+            longer = curve.kind == other.kind == "carried" and curve.tokens > other.tokens == curves[0].tokens
+            words = curve.tokens == other.tokens and (curve.kind, other.kind) == ("word", "recombined")
+            if longer or words:
+                with np.errstate(invalid="ignore"):
+                    ratio = curve.table["half_way"] / other.table["half_way"]
+                contrasts.append(Contrast(curve, other, np.where(np.isnan(ratio), np.inf, ratio)))
+    return contrasts
+
+
+def write_csv(file: Path, header: str, rows: list[list]) -> None:
+    """Writes a table. A number that is not defined is left empty."""
+    with written_whole(file, "x", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([*leading, "step", "layer", *names])
-        for key, table in tables.items():
-            for index, layer in np.ndindex(table[names[0]].shape):
-                values = [table[name][index, layer] for name in names]
-                numbers = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
-                writer.writerow([*key, steps[index], layer, *numbers])
-    partial_file.replace(file)
+        writer.writerow(header.split(","))
+        for row in rows:
+            cells = []
+            for value in row:
+                if isinstance(value, float):
+                    value = f"{value:.6f}" if math.isfinite(value) else ""
+                cells.append(value)
+            writer.writerow(cells)
+
+
+def write_tables(results: Path, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> None:
+    columns = "similarity,similarity_low,similarity_high,unrelated,centred,centred_low,centred_high,cka,stability"
+    rows, half_way_rows, contrast_rows, text_rows = [], [], [], []
+    for curve in curves:
+        label = [curve.tokens, curve.kind]
+        for index, layer in np.ndindex(curve.table["centred"].shape):
+            values = [curve.table[name][index, layer] for name in columns.split(",")]
+            rows.append([*label, len(curve.texts), steps[index], layer, *values])
+        for text in curve.texts:
+            text_rows.append([*label, text.word, text.frequency, " ".join(map(str, text.token_ids))])
+        if "half_way" in curve.table:
+            half_way = curve.table["half_way"]
+            for layer, (low, high) in enumerate(zip(*interval(half_way), strict=True)):
+                index = curve.table["index_before"][0, layer]
+                bracket = steps[index : index + 2] if np.isfinite(half_way[0, layer]) else ["", ""]
+                half_way_rows.append([*label, len(curve.texts), layer, half_way[0, layer], low, high, *bracket])
+    for curve, other, ratio in contrasts:
+        for layer, (low, high) in enumerate(zip(*interval(ratio), strict=True)):
+            against = f"{other.tokens} {other.kind}"
+            contrast_rows.append([curve.tokens, curve.kind, against, layer, ratio[0, layer], low, high])
+    write_csv(results / "convergence.csv", f"tokens,kind,words,step,layer,{columns}", rows)
+    header = "tokens,kind,words,layer,half_way_step,low,high,step_before,step_after"
+    write_csv(results / "half_way.csv", header, half_way_rows)
+    write_csv(results / "contrasts.csv", "tokens,kind,against,layer,ratio,low,high", contrast_rows)
+    write_csv(results / "texts.csv", "tokens,kind,word,frequency,token_ids", text_rows)
 
 
 def printable(text: str) -> str:
@@ -654,118 +976,197 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-def step_label(step: int) -> str:
+def name_step(step: int) -> str:
     return f"{step // 1000}k" if step and step % 1000 == 0 else str(step)
 
 
-def step_axis(axes: Axes, steps: list[int]) -> None:
-    """An axis that is linear from step 0 to 1 and logarithmic from there, with a label wherever there is room."""
-    axes.set_xscale("symlog", base=2, linthresh=1, linscale=0.5)
-    positions = axes.xaxis.get_transform().transform(np.array(steps, dtype=float))
+def name_layer(layers: int) -> str:
+    return f"layer (0 = token embedding, {layers} = after the final LayerNorm)"
+
+
+def scale_steps(axes: Axes, direction: str, steps: list[int]) -> None:
+    """Makes the "x" or "y" axis linear in log2(1 + step), with a label wherever there is room."""
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[direction]
+    set_scale = {"x": axes.set_xscale, "y": axes.set_yscale}[direction]
+    set_scale(
+        "function", functions=(lambda step: np.log2(1 + np.maximum(step, -0.5)), lambda position: 2**position - 1)
+    )
+    positions = np.log2(1 + np.array(steps))
     labelled = [len(steps) - 1]
     for index in reversed(range(len(steps) - 1)):
         if positions[labelled[-1]] - positions[index] >= np.ptp(positions) / 16:
             labelled.append(index)
-    axes.set_xticks([steps[index] for index in labelled], [step_label(steps[index]) for index in labelled])
-    axes.set_xticks(steps, minor=True)
-    axes.set_xlabel("training step")
+    axis.set_ticks([steps[index] for index in labelled], [name_step(steps[index]) for index in labelled])
+    axis.set_ticks(steps, minor=True)
 
 
-def layer_label(layers: int) -> str:
-    return f"layer (0 = token embedding, {layers} = after the final LayerNorm)"
+def group_styles(curves: list[Curve]) -> dict[int, dict]:
+    """Colour and marker of each group, by its number of tokens."""
+    groups = sorted({curve.tokens for curve in curves})
+    colours = colormaps["viridis"](np.linspace(0, 0.85, len(groups)))
+    styles = {}
+    for tokens, colour, marker in zip(groups, colours, cycle("osD^vP*X"), strict=False):
+        styles[tokens] = {"color": colour, "marker": marker, "markersize": 4}
+    return styles
 
 
-def draw_group(file: Path, family: str, steps: list[int], length: int, curve: dict) -> None:
-    """Similarity of one group against training step, a line a layer."""
-    layers = curve["similarity"].shape[1] - 1
-    colours = colormaps["viridis"].resampled(layers + 1)
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for layer in range(layers + 1):
-        axes.plot(steps, curve["similarity"][:, layer], marker=".", color=colours(layer))
-    step_axis(axes, steps)
-    axes.grid(alpha=0.3)
-    axes.set_ylabel("cosine similarity to the final checkpoint")
-    title = (
-        f"{family}: words of {tokens_name(length)} ({curve['words']} words)\nsimilarity to step {steps[-1]}, by layer"
-    )
-    axes.set_title(title, parse_math=False)
-    scale = ScalarMappable(BoundaryNorm(np.arange(-0.5, layers + 1), layers + 1), colours)
-    figure.colorbar(scale, ax=axes, ticks=range(0, layers + 1, layers // 10 + 1), label=layer_label(layers))
-    figure.savefig(file)
-
-
-def draw_layer(file: Path, family: str, steps: list[int], layer: int, curves: dict[int, dict]) -> None:
-    """Similarity of every group in one layer with its interval and floor; beneath it the stability."""
-    layers = next(iter(curves.values()))["similarity"].shape[1] - 1
-    figure = Figure(figsize=(8, 7), dpi=150, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    colours = colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
-    for (length, curve), colour, marker in zip(curves.items(), colours, cycle("osD^vP*X"), strict=False):
-        style = {"color": colour, "marker": marker, "markersize": 4}
-        low, high = curve["ci_low"][:, layer], curve["ci_high"][:, layer]
-        label = f"{tokens_name(length)} ({curve['words']} words)"
-        upper.plot(steps, curve["similarity"][:, layer], label=label, **style)
-        upper.fill_between(steps, low, high, color=colour, alpha=0.25, linewidth=0)
-        upper.plot(steps, curve["unrelated"][:, layer], color=colour, linestyle="--", linewidth=1)
-        lower.plot(steps, curve["stability"][:, layer], **style)
-    upper.set_ylabel("cosine similarity\nto the final checkpoint")
-    lower.set_ylabel("stability: cosine similarity\nto the checkpoint before")
-    step_axis(lower, steps)
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    place = {0: " (token embedding)", layers: " (after the final LayerNorm)"}.get(layer, "")
-    title = f"{family}: layer {layer} of {layers}{place}\nsimilarity to step {steps[-1]}, by number of tokens"
-    figure.suptitle(title, parse_math=False)
-    handles, _ = upper.get_legend_handles_labels()
-    handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="unrelated words (floor)"))
-    handles.append(Patch(color="grey", alpha=0.25, linewidth=0, label="95 % interval over words"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3)
-    figure.savefig(file)
-
-
-def draw_overview(file: Path, family: str, steps: list[int], curves: dict[int, dict]) -> None:
-    """Similarity of each group as a heat map of layers by steps."""
-    maps = {
-        f"{tokens_name(length)} ({curve['words']} words)": curve["similarity"].T for length, curve in curves.items()
+def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> Figure:
+    """The half-way step against layer, a panel a kind, a line a group; beneath it the contrasts."""
+    kinds = list(dict.fromkeys(curve.kind for curve in curves))
+    questions = {
+        "carried": "Do words of more tokens settle later?\nAgainst the shortest words, all at one position",
+        "word": "Is it because they are words?\nWords against recombined strings",
     }
-    layers = next(iter(curves.values()))["similarity"].shape[1] - 1
-    rows, columns = (len(maps) + 1) // 2, min(len(maps), 2)
-    figure = Figure(figsize=(1 + 5 * columns, 1 + 3.5 * rows), dpi=150, layout="constrained")
+    layers = curves[0].table["centred"].shape[1] - 1
+    figure = Figure(figsize=(1.5 + 3.8 * max(len(kinds), 2), 8.5), dpi=150, layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2))
+    panels = upper.subplots(1, len(kinds), squeeze=False, sharex=True, sharey=True)[0]
+    answers = lower.subplots(1, len(questions), sharex=True, sharey=True)
+    styles = group_styles(curves)
+    lines = [(panels[kinds.index(curve.kind)], curve, curve.table["half_way"]) for curve in curves]
+    for curve, _, ratio in contrasts:
+        lines.append((answers[list(questions).index(curve.kind)], curve, ratio))
+    for axes, curve, values in lines:
+        low, high = interval(values)
+        axes.plot(values[0], label=name_tokens(curve.tokens), **styles[curve.tokens])
+        axes.fill_between(range(layers + 1), low, high, color=styles[curve.tokens]["color"], alpha=0.2, linewidth=0)
+    for axes, kind in zip(panels, kinds, strict=True):
+        axes.hlines(steps, 0, layers, color="grey", linewidth=0.5, alpha=0.6, zorder=0)
+        axes.set_title(f"kind: {kind}")
+    for axes, question in zip(answers, questions.values(), strict=True):
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_title(question, fontsize="medium")
+        axes.grid(alpha=0.3)
+    scale_steps(panels[0], "y", steps)
+    panels[0].set_ylabel("half-way step (thin lines: checkpoints)")
+    answers[0].set_yscale("log", base=2)
+    answers[0].set_ylabel("ratio of half-way steps")
+    for axes in (panels[0], answers[0]):
+        axes.set_xticks(range(0, layers + 1, layers // 8 + 1))
+    lower.supxlabel(name_layer(layers), fontsize="medium")
+    title = f"{family}: the training step at which words have come half the way to their final representation"
+    figure.suptitle(title, parse_math=False)
+    handles, _ = panels[0].get_legend_handles_labels()
+    handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -> Figure:
+    """One layer, every group: centred, similarity with its floor, and stability against step; a column a kind."""
+    kinds = list(dict.fromkeys(curve.kind for curve in curves))
+    labels = {
+        "centred": "centred: correlation\nwith the final checkpoint",
+        "similarity": "similarity: cosine\nto the final checkpoint",
+        "stability": "stability: cosine\nto the checkpoint before",
+    }
+    layers = curves[0].table["centred"].shape[1] - 1
+    figure = Figure(figsize=(1.5 + 4.2 * len(kinds), 8.5), dpi=110, layout="constrained")
+    panels = figure.subplots(3, len(kinds), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 3, 2))
+    styles = group_styles(curves)
+    for curve in curves:
+        style, column = styles[curve.tokens], panels[:, kinds.index(curve.kind)]
+        for axes, name in zip(column, labels, strict=True):
+            axes.plot(steps, curve.table[name][:, layer], label=name_tokens(curve.tokens), **style)
+            if name != "stability":
+                low, high = curve.table[f"{name}_low"][:, layer], curve.table[f"{name}_high"][:, layer]
+                axes.fill_between(steps, low, high, color=style["color"], alpha=0.25, linewidth=0)
+        column[1].plot(steps, curve.table["unrelated"][:, layer], color=style["color"], linestyle="--", linewidth=1)
+        column[0].set_title(f"kind: {curve.kind}")
+        column[2].set_xlabel("training step")
+    for axes, label in zip(panels[:, 0], labels.values(), strict=True):
+        axes.set_ylabel(label)
+    for axes in panels.flat:
+        axes.grid(alpha=0.3)
+    scale_steps(panels[2, 0], "x", steps)
+    place = {0: " (token embedding)", layers: " (after the final LayerNorm)"}.get(layer, "")
+    figure.suptitle(f"{family}: layer {layer} of {layers}{place}, towards step {steps[-1]}", parse_math=False)
+    handles, _ = panels[0, 0].get_legend_handles_labels()
+    handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="unrelated texts (floor)"))
+    handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def draw_group(family: str, steps: list[int], curve: Curve) -> Figure:
+    """One group: centred and similarity against step, a line a layer."""
+    layers = curve.table["centred"].shape[1] - 1
+    colours = colormaps["viridis"].resampled(layers + 1)
+    labels = {"centred": "correlation with the final checkpoint", "similarity": "cosine to the final checkpoint"}
+    figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    for axes, (name, label) in zip(panels, labels.items(), strict=True):
+        for layer in range(layers + 1):
+            axes.plot(steps, curve.table[name][:, layer], marker=".", color=colours(layer))
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("training step")
+        axes.set_ylabel(f"{name}: {label}")
+    scale_steps(panels[0], "x", steps)
+    title = f"{family}: {len(curve.texts)} words of {name_tokens(curve.tokens)}, towards step {steps[-1]}"
+    figure.suptitle(f"{title} (kind: {curve.kind})", parse_math=False)
+    scale = ScalarMappable(BoundaryNorm(np.arange(-0.5, layers + 1), layers + 1), colours)
+    figure.colorbar(scale, ax=panels, ticks=range(0, layers + 1, layers // 10 + 1), label=name_layer(layers))
+    return figure
+
+
+def draw_overview(family: str, steps: list[int], curves: list[Curve]) -> Figure:
+    """Centred of each group as a heat map of layers by steps."""
+    layers = curves[0].table["centred"].shape[1] - 1
+    rows, columns = (len(curves) + 1) // 2, min(len(curves), 2)
+    figure = Figure(figsize=(1 + 5 * columns, 1 + 3.5 * rows), dpi=130, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    lowest = min(0, *(heat.min() for heat in maps.values()))
-    for axes, (title, heat) in zip(panels.flat, maps.items(), strict=False):
+    lowest = min(0, *(np.nanmin(curve.table["centred"]) for curve in curves))
+    for axes, curve in zip(panels.flat, curves, strict=False):
+        heat = curve.table["centred"].T
         image = axes.imshow(heat, vmin=lowest, vmax=1, cmap="viridis", origin="lower", aspect="auto")
-        axes.set_title(title)
-    for axes in panels.flat[len(maps) :]:
+        axes.set_title(f"{name_tokens(curve.tokens)} ({len(curve.texts)} words)")
+    for axes in panels.flat[len(curves) :]:
         axes.set_axis_off()
-    for axes in panels.flat[len(maps) - columns : len(maps)]:  # the lowest of each column
+    for axes in panels.flat[len(curves) - columns : len(curves)]:  # the lowest of each column
         axes.tick_params(labelbottom=True)
     labelled = range(len(steps) - 1, -1, -(len(steps) // 13 + 1))
-    panels[0, 0].set_xticks(labelled, [step_label(steps[index]) for index in labelled], fontsize="small")
+    panels[0, 0].set_xticks(labelled, [name_step(steps[index]) for index in labelled], fontsize="small")
     panels[0, 0].set_yticks(range(0, layers + 1, layers // 10 + 1))
     figure.supxlabel("training step", fontsize="medium")
-    figure.supylabel(layer_label(layers), fontsize="medium")
-    figure.colorbar(image, ax=panels, label="cosine similarity to the final checkpoint")
-    figure.suptitle(f"{family}: similarity to step {steps[-1]}, by number of tokens", parse_math=False)
-    figure.savefig(file)
+    figure.supylabel(name_layer(layers), fontsize="medium")
+    figure.colorbar(image, ax=panels, label="centred: correlation with the final checkpoint")
+    figure.suptitle(f"{family}: centred, towards step {steps[-1]} (kind: {curves[0].kind})", parse_math=False)
+    return figure
 
 
-def draw_figures(results: Path, steps: list[int], curves: dict[int, dict]) -> None:
-    """Draws all figures, and removes those of an earlier run with other groups or layers."""
+def draw_figures(results: Path, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> list[str]:
+    """Draws all figures. Returns the names of their files."""
     family = printable(results.name)
-    layers = next(iter(curves.values()))["similarity"].shape[1] - 1
-    for file in [*results.glob("group_*_tokens.png"), *results.glob("layer_*.png")]:
-        file.unlink()
-    with tqdm(total=len(curves) + layers + 2, desc="figures", unit="figure") as progress:
-        for length, curve in curves.items():
-            draw_group(results / f"group_{length}_tokens.png", family, steps, length, curve)
-            progress.update()
-        for layer in range(layers + 1):
-            draw_layer(results / f"layer_{layer:02d}.png", family, steps, layer, curves)
-            progress.update()
-        draw_overview(results / "overview.png", family, steps, curves)
-        progress.update()
+    shown = [curve for curve in curves if curve.kind == KINDS[0]] or curves
+    figures = {"overview.png": partial(draw_overview, family, steps, shown)}
+    if len(steps) > 1:
+        figures["half_way.png"] = partial(draw_half_way, family, steps, curves, contrasts)
+    for layer in range(curves[0].table["centred"].shape[1]):
+        figures[f"layer_{layer:02d}.png"] = partial(draw_layer, family, steps, curves, layer)
+    for curve in shown:
+        figures[f"group_{curve.tokens}_tokens.png"] = partial(draw_group, family, steps, curve)
+    for name, draw in tqdm(figures.items(), desc="figures", unit="figure"):
+        with written_whole(results / name, "xb") as stream:
+            draw().savefig(stream)
+    return list(figures)
+
+
+def say_answer(curves: list[Curve], contrasts: list[Contrast]) -> None:
+    """Says the half-way steps in the first, the middle and the last layer, and the contrasts in the middle."""
+    layers = curves[0].table["centred"].shape[1] - 1
+    middle = (layers + 1) // 2
+    shown = sorted({0, middle, layers})
+    say("half-way step [95 % interval]" + "".join(f"{f'layer {layer}':>24}" for layer in shown))
+    for curve in curves:
+        values, (low, high) = curve.table["half_way"][0], interval(curve.table["half_way"])
+        cells = [f"{values[layer]:.0f} [{low[layer]:.0f}, {high[layer]:.0f}]" for layer in shown]
+        say(f"  {name_tokens(curve.tokens):9} {curve.kind:17}" + "".join(f"{cell:>24}" for cell in cells))
+    say(f"ratios of half-way steps in layer {middle}")
+    for curve, other, ratio in contrasts:
+        low, high = interval(ratio[:, middle])
+        verdict = "later" if low > 1 else "earlier" if high < 1 else "no difference shown"
+        names = f"{name_tokens(curve.tokens)} {curve.kind} over {name_tokens(other.tokens)} {other.kind}"
+        say(f"  {names:40} {ratio[0, middle]:.2f} [{low:.2f}, {high:.2f}]: {verdict}")
 
 
 def main() -> None:
@@ -773,66 +1174,98 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("family", nargs="?", help="folder of checkpoints [CHECKPOINTS_DIR, beside this script]")
-    parser.error = fail
+    parser.error = stop
     arguments = parser.parse_args()
     check_settings()
     device = choose_device()
     family = find_family(arguments.family or str(HERE / CHECKPOINTS_DIR))
     checkpoints = find_checkpoints(family)
-    config, tokenizer = read_final(checkpoints[max(checkpoints)])
-    words = read_words()
-    words, texts, sequences, lengths = draw_words(words, tokenizer, config)
-    check_checkpoints(checkpoints, config, texts, sequences)
-    results = HERE / RESULTS_DIR / family.name
-    kept = results / "kept"
-    kept.mkdir(parents=True, exist_ok=True)
+    config, tokenizer, fingerprints = read_family(checkpoints)
+    curves = choose_curves(read_words(), tokenizer, config)
+    texts = [text for curve in curves for text in curve.texts]
+    results, earlier_figures = open_results(family)
 
     steps = list(checkpoints)
-    inputs = [words, sequences, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
-    keys = contribution_keys(checkpoints, inputs)
-    missing = {step: key for step, key in keys.items() if read_kept(kept / f"step{step}.npz", key) is None}
+    shapes = dict.fromkeys(OF_TEXTS, (config.num_hidden_layers + 1, len(texts)))
+    shapes |= dict.fromkeys(OF_CURVES, (config.num_hidden_layers + 1, len(curves)))
+    read = [[curve.tokens, curve.kind, [text.token_ids for text in curve.texts]] for curve in curves]
+    inputs = [read, PREPEND_BOS, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
+    keys = contribution_keys(checkpoints, fingerprints, inputs)
+    files = {step: results / "kept" / f"step{step}-{key}.npz" for step, key in keys.items()}
+    missing = {step: file for step, file in files.items() if read_kept(file, shapes) is None}
     if RANKS > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
-        torch.distributed.broadcast_object_list(seen_by_first := [missing])
-        missing = seen_by_first[0]
-    groups = [f"{np.sum(lengths == length)} of {tokens_name(length)}" for length in np.unique(lengths)]
+        missing = agree_between_ranks(missing, keys)
     say(f"family   {family}")
-    say(f"steps    {', '.join(map(step_label, steps))} ({len(missing)} of {len(steps)} to measure)")
-    say(f"words    {', '.join(groups)}")
-    say(f"device   {device}, {DTYPE}" + f", {RANKS} ranks" * (RANKS > 1))
+    say(f"steps    {', '.join(map(name_step, steps))} ({len(missing)} of {len(steps)} to measure)")
+    for curve in curves:
+        frequencies = ""
+        if curve.kind != "recombined":
+            numbers = [text.frequency for text in curve.texts]
+            frequencies = f", frequencies from {min(numbers):g} to {max(numbers):g}"
+        say(f"texts    {len(curve.texts)} of {name_tokens(curve.tokens)}, {curve.kind}{frequencies}")
+    say(f"device   {device}, {DTYPE}" + (f", {RANKS} ranks" if RANKS > 1 else ""))
     # neighbours to a rank, since stability needs the checkpoint before
-    share = list(missing)[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS]
+    share = dict(list(missing.items())[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS])
     if share:
-        measure(checkpoints, {step: missing[step] for step in share}, kept, texts, sequences, lengths, device)
+        measure(checkpoints, share, curves, config, device)
     if RANKS > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if RANK > 0:
         return
 
-    arrays = [read_kept(kept / f"step{step}.npz", keys[step]) for step in steps]
-    if None in arrays:
-        fail(f"{kept} or the checkpoints changed during the run: run again")
-    contributions = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
-    curves = mean_curves(contributions, lengths)
-    means = {(length, curve["words"]): curve for length, curve in curves.items()}
-    write_csv(results / "convergence.csv", ("tokens", "words"), means, CURVES, steps)
-    similarity = contributions["similarity"]
-    write_arrays(results / "similarities.npz", words=words, tokens=lengths, steps=steps, similarity=similarity)
-    draw_figures(results, steps, curves)
+    kept = [read_kept(file, shapes) for file in files.values()]
+    if None in kept:
+        raise Problem(f"{results / 'kept'} changed during the run: run again")
+    contributions = {name: np.stack([contribution[name] for contribution in kept]) for name in shapes}
+    warn_of_copies(steps, contributions["similarity"])
+    for number, curve in enumerate(curves):
+        curve.table.update(tabulate(contributions, number, curve, steps))
+    contrasts = find_contrasts(curves) if len(steps) > 1 else []
+    write_tables(results, steps, curves, contrasts)
+    arrays = {
+        "words": [text.word for text in texts],
+        "tokens": [curve.tokens for curve in curves for _ in curve.texts],
+        "kind": [curve.kind for curve in curves for _ in curve.texts],
+        "frequency": [text.frequency for text in texts],
+        "steps": steps,
+        "similarity": contributions["similarity"],
+    }
+    write_arrays(results / "similarities.npz", arrays)
+    figures = draw_figures(results, steps, curves, contrasts)
+    for name in set(earlier_figures) - set(figures):
+        (results / name).unlink(missing_ok=True)
+    write_record(results, family, figures)
+    if len(steps) > 1:
+        say_answer(curves, contrasts)
+    else:
+        warn("a family of one checkpoint has no half-way steps")
     say(f"results  {results}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets an escape
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    problem = None
     try:
         with torch.inference_mode():
             main()
-    except KeyboardInterrupt:
-        print("interrupted: what was measured is kept, and the next run goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
-    except torch.OutOfMemoryError as error:
-        fail(f"{one_line(error)} Lower BATCH_TOKENS or WORDS_PER_GROUP; what was measured is kept")
+    except Problem as error:
+        problem = str(error)
     except OSError as error:
-        fail(f"{error}; mend that, make room or set another RESULTS_DIR, and run again: what was measured is kept")
+        problem = f"{error}; make room, or set another RESULTS_DIR, and run again: what was measured is kept"
+    except (MemoryError, RuntimeError) as error:  # torch's errors of memory are RuntimeErrors
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        problem = (
+            f"{reason(error)}: lower BATCH_TOKENS, WORDS_PER_GROUP or BOOTSTRAP_RESAMPLES; what was measured is kept"
+        )
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, and the next run continues from there", file=sys.stderr)
+        sys.exit(130)
+    if problem:
+        print(f"error: {plain(problem)}", file=sys.stderr)
+        sys.exit(2)

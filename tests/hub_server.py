@@ -37,8 +37,9 @@ def is_large(name: str) -> bool:
 class Fault:
     """What happens to the next `times` requests whose 'METHOD path' matches the pattern.
 
-    kind: 'status' (code and headers), 'drop' (the connection ends after nine tenths of the body), 'reset' (the same by
-    a TCP reset), 'slow' (the last tenth comes after `seconds`), 'late' (all does), 'corrupt' (one byte is another).
+    kind: 'status' (code, headers and answer), 'drop' (the connection ends after nine tenths of the body), 'reset' (the same by
+    a TCP reset), 'slow' (the last tenth comes after `seconds`), 'late' (all does), 'corrupt' (one byte is another),
+    'endless' (the body is followed by more, without a length), 'drip' (a byte every tenth of a second).
     """
 
     pattern: str
@@ -46,6 +47,7 @@ class Fault:
     times: int = 10**9
     code: int = 503
     headers: dict[str, str] = field(default_factory=dict)
+    answer: bytes = b"{}"
     seconds: float = 0.0
 
 
@@ -55,11 +57,13 @@ class Hub:
     revisions: dict[str, dict[str, bytes]] = field(repr=False)
     url: str = ""
     token: str = ""  # if set, files are only for who sends it, as with a gated model
-    claimed: dict[str, int] = field(default_factory=dict)  # file name: size that the hub says it has
+    claimed: dict[str, object] = field(default_factory=dict)  # file name: size that the hub says it has
+    names_only: bool = False  # lists no sizes and no hashes, as a mirror may
     faults: list[Fault] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)  # 'METHOD path' of all that came, in order
     resumed: list[int] = field(default_factory=list)  # the bytes from which a client asked for the rest of a file
     proxied: int = 0  # requests that came as to a proxy
+    surplus: int = 0  # bytes that were sent after the end of a file
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def commit(self, revision: str) -> str:
@@ -106,6 +110,9 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 headers = headers | {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"}
             content = content[start:]
             kind = fault.kind if fault and self.command == "GET" else ""
+            if kind == "endless":
+                self.endless(content)
+                return
             if kind == "corrupt":
                 content = content[:-1] + bytes([content[-1] ^ 1])
             self.send_response(206 if start else 200)
@@ -131,6 +138,29 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 time.sleep(fault.seconds)
                 self.wfile.write(content[-kept:])
 
+        def endless(self, content: bytes) -> None:
+            """Sends a file, and zeros after it, until the client has had enough or 200 MB of them."""
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.end_headers()
+            self.close_connection = True
+            self.wfile.write(content)
+            for _ in range(200):
+                self.wfile.write(bytes(1_000_000))
+                hub.surplus += 1_000_000
+
+        def drip(self, seconds: float) -> None:
+            """Sends a header, and of a body that never ends a byte every tenth of a second."""
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", "1000000")
+            self.end_headers()
+            self.close_connection = True
+            for _ in range(int(seconds * 10)):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+                time.sleep(0.1)
+
         def do_GET(self) -> None:
             address = urlsplit(self.path)
             with hub.lock:
@@ -140,7 +170,9 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if fault and fault.kind == "late":
                 time.sleep(fault.seconds)
             if fault and fault.kind == "status":
-                self.answer(fault.code, b"{}", fault.headers)
+                self.answer(fault.code, fault.answer, fault.headers)
+            elif fault and fault.kind == "drip":
+                self.drip(fault.seconds)
             elif path.startswith("/cdn/"):
                 _, _, revision, name = path.split("/")
                 self.body(hub.revisions[revision][name], {}, fault)
@@ -169,6 +201,9 @@ def handler_for(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 return
             siblings = []
             for name, content in hub.revisions[revision].items():
+                if hub.names_only:
+                    siblings.append({"rfilename": name})
+                    continue
                 size = hub.claimed.get(name, len(content))
                 siblings.append({"rfilename": name, "size": size, "blobId": git_sha1(content)})
                 if is_large(name):

@@ -34,6 +34,8 @@ UNWANTED = {
     "optimizer.bin": b"0" * 99,
     "modeling_x.py": b"raise SystemExit",
     "training_args.bin": b"1",
+    "../model.safetensors": b"1",
+    "../../model-00001-of-00001.safetensors": b"1",
 }
 
 
@@ -146,7 +148,7 @@ def test_clean_fetch(place, hub):
     assert {request.rsplit("/", 1)[1] for request in hub.seen("resolve|cdn")} == FILES
     assert len(hub.seen("GET /cdn/")) == len(STEPS)
     size = sum(len(hub.revisions["step0"][name]) for name in FILES)
-    assert f"3 to fetch: {3 * size / 1e9:.2f} GB, 0.00 GB of it here" in out
+    assert f"3 to complete: {3 * size / 1e9:.2f} GB to fetch, " in out
     assert re.search(rf"(?m)^ +0 +{size / 1e9:.2f} GB  whole, fetched now$", out)
 
 
@@ -219,7 +221,7 @@ def test_busy_hub(place, hub):
     ):
         assert f"warning: {message}\n" in err
     assert "Rate limited. Waiting 1.0s before retry" in err
-    assert re.search(r"warning: step4: the connection to .* failed \(ReadTimeout", err)
+    assert re.search(r"warning: step4: the connection to .* failed \(TimeoutError\)", err)
     assert_whole(folder, hub, *STEPS)
 
 
@@ -229,9 +231,9 @@ def test_one_failed_revision_does_not_stop_the_others(place, hub):
     code, out, err = run(folder, hub)
     assert code == 2
     assert state(out, 0) == f"not whole: {hub.url} answers 503 Service Unavailable"
-    assert state(out, 2) == f"not looked up: {hub.url} answers 500 Internal Server Error"
+    assert state(out, 2) == f"{hub.url} answers 500 Internal Server Error"
     assert state(out, 4) == "whole, fetched now"
-    assert err.endswith(f"error: 2 of 3 checkpoints are not whole in {family(folder)}: see the table, then run again\n")
+    assert err.endswith(f"error: 2 of 3 checkpoints are not whole in {family(folder)}: see the table, run again\n")
     assert_whole(folder, hub, 4)
     hub.faults.clear()
     assert run(folder, hub)[0] == 0
@@ -264,21 +266,21 @@ def test_body_corrupted_every_time(place, hub):
 
 
 def test_truncated_files_left_over(place, hub):
-    """Cut after a whole fetch; left by another program, under the final name; left in the unfinished folder."""
+    """Cut after a whole fetch; gone after one, beside a file of the user's; left in the unfinished folder."""
     folder = place()
     assert run(folder, hub)[0] == 0
     os.truncate(family(folder) / "step0" / "model.safetensors", 1000)
-    (family(folder) / "step2" / ".published.json").unlink()
-    os.truncate(family(folder) / "step2" / "model.safetensors", 1000)
+    (family(folder) / "step2" / "model.safetensors").unlink()
+    (family(folder) / "step2" / "notes.txt").write_text("mine")
     (family(folder) / "step4").rename(family(folder) / ".partial" / "step4")
     os.truncate(family(folder) / ".partial" / "step4" / "model.safetensors", 1000)
     hub.requests.clear()
     code, out, _ = run(folder, hub)
     assert code == 0
-    small = sum(len(hub.revisions["step0"][name]) for name in FILES - {"model.safetensors"})
-    assert f"3 to fetch: {3 * (small + len(hub.revisions['step0']['model.safetensors'])) / 1e9:.2f} GB, " in out
-    assert f"{3 * small / 1e9:.2f} GB of it here" in out
+    assert f"3 to complete: {3 * len(hub.revisions['step0']['model.safetensors']) / 1e9:.2f} GB to fetch, " in out
     assert len(hub.seen("GET /cdn/")) == 3
+    assert (family(folder) / "step2" / "notes.txt").read_text() == "mine"
+    (family(folder) / "step2" / "notes.txt").unlink()
     assert_whole(folder, hub, *STEPS)
 
 
@@ -298,14 +300,94 @@ def test_truncated_file_that_the_library_believes(place, hub):
     assert_whole(folder, hub, 0)
 
 
+def put(hub: Hub, step: int, there: Path, **changes: bytes | None) -> Path:
+    """Writes a checkpoint as another program would, with some files changed (model=b"x") or left out (config=None)."""
+    there.mkdir(parents=True)
+    for name in sorted(FILES):
+        content = changes.get(name.split(".")[0], hub.revisions[f"step{step}"][name])
+        if content is not None:
+            (there / name).write_bytes(content)
+    return there
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str | None]:
+    """What is in a folder, links not followed, but for what is being fetched."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if ".partial" not in path.parts:
+            content = path.read_bytes() if path.is_file() else None
+            found[str(path.relative_to(folder))] = str(path.readlink()) if path.is_symlink() else content
+    return found
+
+
 def test_whole_checkpoint_of_another_program_is_taken_over(place, hub):
+    """Without a record, or with one that is damaged; through a link nothing is written, not even the record."""
+    hub.revisions["step8"] = hub.revisions["step4"]
+    folder = place(STEPS=[0, 2, 4, 8])
+    elsewhere = put(hub, 8, folder / "elsewhere")
+    for step, record in {
+        0: None,
+        2: "[]",
+        4: '{"model": "lab/miniature", "revision": "step4", "files": {"a": 3}}',
+    }.items():
+        put(hub, step, family(folder) / f"step{step}")
+        if record:
+            (family(folder) / f"step{step}" / ".published.json").write_text(record)
+    (family(folder) / "step8").symlink_to(elsewhere)
+    before = snapshot(elsewhere)
+    code, out, _ = run(folder, hub)
+    assert code == 0 and state(out, 2) == state(out, 8) == "whole, was here"
+    assert "0.00 GB to fetch" in out and hub.seen("GET .*resolve|/cdn/") == []
+    assert snapshot(elsewhere) == before
+    (family(folder) / "step8").unlink()
+    assert_whole(folder, hub, 0, 2, 4)
+
+
+def test_what_this_script_did_not_write_is_left_alone(place, hub):
+    """Other weights with the hub's config, in the folder or behind a link; a file that the hub does not give out."""
+    hub.revisions |= {"step8": hub.revisions["step4"], "step16": hub.revisions["step4"]}
+    hub.faults.append(Fault("resolve/.*/tokenizer_config.json", "status", code=403))
+    folder = place(STEPS=[0, 2, 4, 8, 16])
+    other = hub.revisions["step2"]["model.safetensors"]  # of the same size
+    put(hub, 0, family(folder) / "step0", model=other)
+    (family(folder) / "step2").symlink_to(put(hub, 2, folder / "elsewhere", model=b"mine"))
+    (family(folder) / "step4").symlink_to(folder / "nowhere")
+    put(hub, 8, family(folder) / "step8", tokenizer_config=None)
+    (family(folder) / "step16").write_text("a file")
+    before = snapshot(folder)
+    code, out, err = run(folder, hub)
+    assert code == 2 and err.startswith("error: 5 of 5 checkpoints are not whole")
+    advice = "; put that right or move it away, and run again"
+    assert state(out, 0) == state(out, 2) == "left alone: model.safetensors is not what is published" + advice
+    assert state(out, 4).startswith("left alone: config.json is missing")
+    assert state(out, 8) == "left alone: tokenizer_config.json is missing" + advice
+    assert state(out, 16).startswith("left alone: config.json is missing")
+    assert snapshot(folder) == before
+    assert hub.seen("GET .*resolve|/cdn/") == []
+
+
+def test_foreign_weights_beside_the_published_ones(place, hub):
+    """The analyses would read them: in a folder that was fetched, and in one that another program wrote."""
+    for files in hub.revisions.values():
+        files |= as_bin(files.pop("model.safetensors"))
     folder = place(STEPS=[0])
-    (family(folder) / "step0").mkdir(parents=True)
-    for name in FILES:
-        (family(folder) / "step0" / name).write_bytes(hub.revisions["step0"][name])
     assert run(folder, hub)[0] == 0
-    assert hub.seen("GET /cdn/") == []
-    assert_whole(folder, hub, 0)
+    shutil.copytree(family(folder) / "step0", family(folder) / "step2")
+    for name in hub.revisions["step2"].keys() - UNWANTED.keys():
+        (family(folder) / "step2" / name).write_bytes(hub.revisions["step2"][name])
+    for step in (0, 2):
+        (family(folder) / f"step{step}" / "model.safetensors").write_bytes(b"mine")
+    before = snapshot(folder)
+    code, out, _ = run(place(STEPS=[0, 2]), hub)
+    assert code == 2
+    assert state(out, 0) == state(out, 2)
+    assert state(out, 0).startswith("left alone: model.safetensors does not belong there")
+    del before[SCRIPT.name]
+    assert before.items() <= snapshot(folder).items()
+    for step in (0, 2):
+        (family(folder) / f"step{step}" / "model.safetensors").unlink()
+    assert run(folder, hub)[0] == 0
+    assert_whole(folder, hub, 0, 2, weights=frozenset({"pytorch_model.bin"}))
 
 
 def test_another_models_checkpoint_is_left_alone(place, hub):
@@ -330,8 +412,8 @@ def test_missing_revisions_are_listed_at_once_before_the_first_byte(place, hub):
     code, out, err = run(folder, hub)
     assert code == 2
     assert err.splitlines()[0] == (
-        f"warning: not to be had from {MODEL}: step2 (not usable: carries no weights), "
-        "step4 (not usable: carries no tokenizer.json), step7 (not published)"
+        f"warning: not available from {MODEL}: step2 (carries no weights), "
+        "step4 (carries no tokenizer.json), step7 (not published)"
     )
     assert state(out, 7) == "not published"
     first = next(i for i, request in enumerate(hub.requests) if "/resolve/" in request)
@@ -366,19 +448,26 @@ def test_without_safetensors(place, hub):
     assert_whole(folder, hub, *STEPS, weights=frozenset({"pytorch_model.bin"}))
 
 
-@pytest.mark.parametrize("lacks", ["nothing", "a shard", "the index"])
-def test_shards(place, hub, lacks):
-    """Shards of safetensors are taken before a .bin, but not if one of them is missing."""
+@pytest.mark.parametrize("published", ["a set", "no index", "a shard less", "parts of two sets", "two sets"])
+def test_shards(place, hub, published):
+    """Shards of safetensors are taken before a .bin, but only sets of them that are there in full."""
     for files in hub.revisions.values():
         weights = files.pop("model.safetensors")
-        files |= as_bin(weights) | as_shards(weights)
-        shards = as_shards(weights).keys()
-        files.pop(
-            {"a shard": "model-00002-of-00002.safetensors", "the index": "model.safetensors.index.json"}.get(lacks), 0
-        )
-    folder = place()
+        files |= as_bin(weights)
+        shards = as_shards(weights)
+        if published == "no index":
+            del shards["model.safetensors.index.json"]
+        if published in ("a shard less", "parts of two sets"):
+            last = shards.pop("model-00002-of-00002.safetensors")
+        if published == "parts of two sets":
+            shards["model-00002-of-00003.safetensors"] = last
+        if published == "two sets":
+            shards["model-00001-of-00001.safetensors"] = weights
+        files |= shards
+    folder = place(STEPS=[0])
     assert run(folder, hub)[0] == 0
-    assert_whole(folder, hub, *STEPS, weights=frozenset(shards if lacks == "nothing" else {"pytorch_model.bin"}))
+    taken = shards if published in ("a set", "two sets") else {"pytorch_model.bin"}
+    assert_whole(folder, hub, 0, weights=frozenset(taken))
 
 
 def analysed_steps(folder: Path) -> set[int]:
@@ -418,8 +507,28 @@ def test_identical_revisions(place, hub):
     for _ in ("by the hub's hashes", "by the records on the disk"):
         code, _, err = run(folder, hub)
         assert code == 0
-        assert err.startswith("warning: step0, step2 carry byte-identical weights:") and len(err.splitlines()) == 1
+        assert err.startswith("warning: step0, step2 share model.safetensors, byte for byte: ")
+        assert len(err.splitlines()) == 1
     assert_whole(folder, hub, *STEPS)
+
+
+def test_shared_shards(place, hub):
+    """A first shard that is another step's; steps that share all shards; many steps. One line each, and a short one."""
+    small = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": b"{}"}
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    for step in range(90):
+        content = b"late" if step < 86 else b"of %d" % (step // 2)
+        hub.revisions[f"step{step}"] = small | {first: content, second: content if step > 85 else b"of %d" % step}
+    folder = place(STEPS=list(range(90)), DOWNLOADS_AT_ONCE=8)
+    hub.faults.append(Fault("/resolve/", "status", code=403))
+    _, _, err = run(folder, hub)
+    shared = [line for line in err.splitlines() if "byte for byte" in line]
+    twelve = ", ".join(f"step{step}" for step in range(12))
+    assert len(shared) == 3 and all(len(line) < 400 for line in shared)
+    assert shared[0].startswith(f"warning: {twelve}, 74 more share {first}, byte for byte: ")
+    assert "under 86 names" in shared[0] and "under 2 names" in shared[1]
+    assert shared[1].startswith(f"warning: step86, step87 share {first}, {second}, byte for byte: ")
+    assert shared[2].startswith(f"warning: step88, step89 share {first}, {second}, byte for byte: ")
 
 
 def test_killed_in_the_middle(place, hub):
@@ -474,6 +583,18 @@ def test_interrupted_with_several_downloads_running(place, hub):
     assert run(folder, hub)[0] == 0
     assert_whole(folder, hub, *STEPS)
     assert len(hub.seen("GET .*/tokenizer.json")) == 3
+
+
+def test_interrupted_while_libraries_are_imported(place, hub):
+    folder = place()
+    command = [sys.executable, "-X", "importtime", str(folder / SCRIPT.name)]
+    process = subprocess.Popen(command, env=environment(folder, hub), stderr=subprocess.PIPE, text=True)
+    while "urllib.request" not in process.stderr.readline():  # early in the library's own imports
+        pass
+    process.send_signal(signal.SIGINT)
+    code, _, err = end(process)
+    assert code == 130
+    assert [line for line in err.splitlines() if not line.startswith("import time:")] == ["interrupted"]
 
 
 def test_too_little_disk_is_told_before_the_first_byte(place, hub):
@@ -536,8 +657,8 @@ def test_proxy(place, hub):
     folder = place()
     assert run(folder, hub, HF_ENDPOINT="http://hub.invalid", HTTP_PROXY=hub.url)[0] == 0
     assert hub.proxied == len(hub.requests) > 0
-    code, _, err = run(place(STEPS=[7], TRIES=1), hub, HF_ENDPOINT="http://me:geheim@127.0.0.1:9")
-    assert code == 2 and "geheim" not in err
+    code, _, err = run(place(STEPS=[7], TRIES=1), hub, HF_ENDPOINT="http://me:ge@heim@127.0.0.1:9")
+    assert code == 2 and "ge@" not in err and "heim" not in err
     assert_whole(folder, hub, *STEPS)
 
 
@@ -577,3 +698,90 @@ def test_arguments(place, hub):
         code, out, err = run(folder, hub, argument)
         assert (code, out) == (2, "") and err == f"error: unrecognized arguments: {argument}\n"
     assert hub.requests == []
+
+
+def test_mirror_that_lists_no_sizes(place, hub):
+    """The hub's list has names only, then a size that is no number: both are asked for file by file."""
+    hub.names_only = True
+    folder = place(STEPS=[0])
+    assert run(folder, hub)[0] == 0
+    assert_whole(folder, hub, 0)
+    hub.names_only, hub.claimed = False, {"model.safetensors": "many", "config.json": -1}
+    assert run(place(STEPS=[0, 2]), hub)[0] == 0
+    assert_whole(folder, hub, 0, 2)
+
+
+def test_body_that_does_not_end(place, hub):
+    hub.faults.append(Fault("GET /cdn/step2/", "endless"))
+    folder = place()
+    code, out, _ = run(folder, hub)
+    assert code == 2
+    assert state(out, 2) == "not whole: model.safetensors is longer than published: suspect the mirror or the proxy"
+    assert len(hub.seen("GET /cdn/step2/")) == 1 and hub.surplus < 100_000_000
+    assert_whole(folder, hub, 0, 4)
+
+
+def test_hub_that_asks_for_a_year(place, hub):
+    hub.faults.append(Fault("/revision/step0", "status", code=429, headers={"Retry-After": "31536000"}))
+    process = start(place(), hub)
+    assert process.stderr.readline().endswith("answers 429 Too Many Requests; try 2 of 5 in 600 s\n")
+    process.send_signal(signal.SIGINT)
+    assert end(process)[0] == 130
+
+
+def test_look_up_that_drips(place, hub):
+    hub.faults.append(Fault("/revision/", "drip", seconds=15))
+    begun = time.monotonic()
+    code, _, err = run(place(TIMEOUT=1, TRIES=1), hub)
+    assert code == 2 and err.startswith(f"error: the connection to {hub.url} failed (TimeoutError): check the network")
+    assert time.monotonic() - begun < 10
+
+
+ANSWERS = {
+    "login page": (b"<html><body>Please log in.</body></html>", "JSONDecodeError"),
+    "login page in Latin-1": (b"\xfcberall", "UnicodeDecodeError"),
+    "another list": (b"[]", "TypeError"),
+    "control characters": (rb'{"id": "a", "inferenceProviderMapping": "\u001b[2J"}', "Got ?[2J"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_answer_that_is_not_the_hubs(place, hub, name):
+    answer, named = ANSWERS[name]
+    hub.faults.append(Fault("/revision/", "status", code=200, answer=answer))
+    code, _, err = run(place(), hub)
+    assert code == 2 and len(err.splitlines()) == 1 and named in err
+    assert err.rstrip("\n").isprintable()
+    if name != "control characters":
+        assert err.startswith(f"error: something between here and {hub.url} answers in its place (")
+
+
+def test_output_that_cannot_show_a_name(place, hub):
+    folder = place(CHECKPOINTS_DIR="W\u00f6rter", STEPS=[0, 7])
+    code, _, err = run(folder, hub, PYTHONIOENCODING="ascii")
+    assert code == 2 and "W\\xf6rter" in err
+    code, out, _ = run(place(CHECKPOINTS_DIR="W\u00f6rter", STEPS=[0]), hub, PYTHONIOENCODING="ascii")
+    assert (code, state(out, 0)) == (0, "whole, was here")
+
+
+def test_standard_output_that_is_closed(place, hub):
+    """Closed from the start, it is not needed; where its reader has gone, that is said."""
+    folder = place(STEPS=[0])
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, str(folder / SCRIPT.name)]
+    done = subprocess.run(command, env=environment(folder, hub), stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_whole(folder, hub, 0)
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, str(folder / SCRIPT.name)]
+    done = subprocess.run(command, env=environment(folder, hub), stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert done.returncode == 2 and done.stderr.startswith("error: what this script prints goes to a program that has")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_default_steps():
+    published = {0, *(2**i for i in range(10)), *range(1000, 144000, 1000)}
+    steps = re.search(r"(?m)^STEPS = \[(.+?)\]", SCRIPT.read_text(encoding="utf-8"))[1]
+    assert steps == "0, 64, 256, 1000, 2000, 3000, 5000, 7000, 10000, 18000, 48000, 78000, 143000"
+    assert {int(step) for step in steps.split(",")} <= published
