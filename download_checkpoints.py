@@ -82,7 +82,7 @@ def check_settings() -> None:
 def one_line(text: str) -> str:
     """The text in one line, without control characters and secrets: a password, a link's signature, a token."""
     text = re.sub(r"(?<=//)[^\s'\"]*@|\?[^\s'\"]+|Bearer [^'\"]*", "…", text)
-    return "".join(character if character.isprintable() else "?" for character in " ".join(text.split()))
+    return "".join(character if character.isprintable() else "\ufffd" for character in " ".join(text.split()))
 
 
 def one_line_log(record: logging.LogRecord) -> bool:
@@ -189,8 +189,7 @@ def look_up(step: int) -> tuple[str, dict[str, list]]:
     published = {file.rfilename: file for file in info.siblings or []}
     weights = weight_files(published)
     lacking = [name for name in SMALL_FILES[:2] if name not in published]
-    if not weights:
-        lacking.append("weights")
+    lacking += [] if weights else ["weights"]
     if lacking:
         raise Failure(f"carries no {' and no '.join(lacking)}")
     files = {}
@@ -225,8 +224,8 @@ def report_shared(published: dict[int, dict[str, list]]) -> None:
             names_by_steps.setdefault(tuple(steps), []).append(name)
     for steps, names in names_by_steps.items():
         warn(
-            f"{listed(steps)} share {listed(names)}, byte for byte: what is in there is one checkpoint's, under "
-            f"{len(steps)} names, and shows no change, whatever training did; believe at most one of these steps"
+            f"{listed(steps)} share {listed(names)}, byte for byte: one checkpoint's weights under {len(steps)} names, "
+            "so that nothing which depends on them alone changes between these steps; believe at most one of them"
         )
 
 

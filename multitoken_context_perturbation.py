@@ -1,49 +1,70 @@
 """Compares a word of several tokens with itself in other contexts, and with words that end in the same token.
 
-Run as `python multitoken_context_perturbation.py [FAMILY]`. FAMILY is a folder with a sub-folder for each training
-step (step0, step512 ... step143000) that holds a GPT-NeoX checkpoint; without it CHECKPOINTS_DIR is analysed.
-On several GPUs, `torchrun --nproc-per-node=4 multitoken_context_perturbation.py [FAMILY]` shares the checkpoints
-out; on a CPU set OMP_NUM_THREADS, which torchrun otherwise sets to 1 for each process.
+Run as `python multitoken_context_perturbation.py [FAMILY]`. FAMILY is a folder with a sub-folder for each training step
+(step0, step512 ... step143000) that holds a GPT-NeoX checkpoint; without it CHECKPOINTS_DIR is analysed. On several
+GPUs, `torchrun --nproc-per-node=4 multitoken_context_perturbation.py [FAMILY]` shares the checkpoints out; on a CPU set
+OMP_NUM_THREADS, which torchrun otherwise sets to 1 for each process.
 
-Each word has a base sentence that ends in it, other sentences that end in it, and perturbed versions of the base,
-whose last word is another word with the same last token. A sentence is read after one <|endoftext|>, and its
-hidden state is taken at its last token. For each checkpoint, layer and word the script measures
-    P1         the mean cosine between the base and the word's other contexts;
-    P2         the mean cosine between the base and its perturbed versions;
-    unrelated  the mean cosine between the base and the bases of the other words: the floor that anisotropy alone
-               gives (Ethayarajh 2019, arXiv:1909.00512).
-Layer 0 is the token embedding, where P1 = P2 = 1, since all end in the same token: what happens above is
-composition. The last layer is taken after the final LayerNorm, as transformers returns it.
+Each word has a base sentence that ends in it, other sentences that end in it, its contexts, and perturbed versions of
+the base, whose last word is another word with the same last token. A sentence is read after one <|endoftext|>, and its
+hidden state, scaled to length 1, is taken at its last token. For each checkpoint, layer and word:
+    P1         the mean cosine between the base and the contexts: the context changes;
+    P2         the mean cosine between the base and the perturbed versions: the word changes;
+    P12        the mean cosine between contexts and perturbed versions, all pairs: both change, and what the shared last
+               token alone accounts for is left;
+    unrelated  the mean cosine between the base and the bases of the other words: the floor that anisotropy gives
+               (Ethayarajh 2019, arXiv:1909.00512).
+From their means over words, with 95 % bootstrap intervals over last tokens:
+    word_share     (P1 - P12) / (1 - P12): of what varies between sentences that end in one token, how much goes with
+                   the word. The answer is the layer and the step at which it peaks above its value at the first step;
+    context_share  (P2 - P12) / (1 - P12): how much goes with the context.
+Layer 0 is the token embedding, where all cosines but `unrelated` are 1, since all sentences of a word end in one token.
+The last layer is taken after the final LayerNorm, as transformers returns it.
 
-RESULTS_DIR/<name of FAMILY>/ then holds perturbation.csv, perturbation_mean.csv, overview.png, mean_all.png,
-mean_<n>_tokens.png, words/<n>_tokens_<word>.png, and kept/: what each checkpoint contributed, from which a run that
-was cut short goes on. Means come with 95 % bootstrap intervals over words.
+RESULTS_DIR/<name of FAMILY>/ then holds shares.png, peaks.png and peaks.csv (the answer), perturbation.csv,
+perturbation_mean.csv, overview.png, mean_all.png, mean_<n>_tokens.png, words/<n>_tokens_<word>.png, and kept/: what
+each checkpoint contributed, so that an interrupted run can continue.
 """
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait crawl on a busy machine
+
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until the libraries are imported: no traceback of theirs
 
 import argparse
 import csv
 import hashlib
+import inspect
 import json
-import os
+import math
 import re
 import shutil
 import sys
 import tempfile
-from collections import defaultdict
+import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from threading import Thread
-from typing import NoReturn
+from typing import IO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 import torch.distributed
 import transformers
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
+from matplotlib.lines import Line2D
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -55,53 +76,93 @@ CHECKPOINTS_DIR = "pythia_1b_checkpoints"  # the family that is analysed if none
 RESULTS_DIR = "multitoken_words_plots"  # gets a folder for each family
 CONTEXTS_FILE = "multitoken_words_contexts.json"  # {word: {"sentences": [...], "replaced_sentences": [...]}}
 # words
+SAME_LENGTH = True  # leave out perturbed versions whose last word has another number of tokens than the word
 WORDS_TO_PLOT = 20  # words with a figure of their own: how many, drawn at random, or a list such as ["lighthouse"]
-PREPEND_BOS = True  # read it after <|endoftext|>, away from the attention sink at position 0
+PREPEND_BOS = True  # read a sentence after <|endoftext|>, away from the attention sink at position 0
 # model
 DTYPE = "float32"  # of linear layers and attention: "float32", "bfloat16", "float16"; the residual stream is float32
-# bfloat16 moved means by less than 0.001 and single similarities by less than 0.006 on the miniature
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
-BATCH_TOKENS = 256  # tokens in a forward pass, at most; a longer text has one of its own
+BATCH_TOKENS = None  # tokens in a forward pass, at most; None = 256 on a CPU, 2048 elsewhere
 # statistics
 SEED = 0  # of the words to plot and of the bootstrap
-BOOTSTRAP_RESAMPLES = 1000  # resamples of the words behind an interval
+BOOTSTRAP_RESAMPLES = 1000  # resamples of the last tokens behind an interval
 # ------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+RANK, RANKS = 0, 1
+if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # started by torchrun
+    RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 BOS = "<|endoftext|>"
-KINDS = {"sentences": 2, "replaced_sentences": 0}  # the lists of an entry, and how many texts each has at least
-CURVES = ("P1", "P1_ci_low", "P1_ci_high", "P2", "P2_ci_low", "P2_ci_high", "unrelated")  # of a group of words
+COSINES = ("P1", "P2", "P12", "unrelated")  # what a checkpoint contributes of each word
+MEANS = ("P1", "P2", "P12", "P1-P2", "word_share", "context_share")  # over words, each with an interval
 STYLES = {  # of the lines in a panel
     "P1": {"color": "#0072b2", "marker": "o", "markersize": 3, "label": "P1: other contexts"},
-    "P2": {"color": "#d55e00", "marker": "s", "markersize": 3, "label": "P2: perturbed"},
+    "P2": {"color": "#d55e00", "marker": "s", "markersize": 3, "label": "P2: other word"},
+    "P12": {"color": "#009e73", "marker": "^", "markersize": 3, "label": "P12: both"},
     "unrelated": {"color": "grey", "linestyle": "--", "label": "unrelated words (floor)"},
 }
-ARCHITECTURE = (  # the attributes of GPTNeoXConfig that all checkpoints of a family share
+ARCHITECTURE = (  # what defines the base model, as attributes of GPTNeoXConfig: the same in all of a family
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
 )
+SURPLUS = (  # endings of tensors that are no part of it: buffers that files of 2022 hold, and the head
+    *("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq", "embed_out.weight", "lm_head.weight"),
+)
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the run with one line on standard error that says what is wrong, where, and what to do."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+class Problem(Exception):
+    """What is wrong, where, and what to do, in one line: it ends the run with exit code 2."""
 
 
-def warn(message: str) -> None:
-    if RANK == 0:
-        print(f"warning: {message}", file=sys.stderr)
+class Text(NamedTuple):
+    sentence: str
+    token_ids: tuple[int, ...]  # without <|endoftext|>
+
+
+class Entry(NamedTuple):
+    word: str
+    tokens: int
+    last_token: int
+    base: int  # the row of its base among the texts
+    contexts: list[int]  # the rows of its other contexts
+    perturbed: list[int]  # the rows of its perturbed versions
+
+
+class Curve(NamedTuple):
+    tokens: int | str  # of each word, or "all"
+    rows: np.ndarray  # int (words,): its entries among all
+    table: dict[str, np.ndarray]  # what is found: see tabulate
+
+
+class Tree(NamedTuple):
+    inputs: dict[str, torch.Tensor]  # of the model: input_ids, position_ids, int (1, nodes), and attention_mask
+    last: torch.Tensor  # int (texts,): the node at which each text of the tree ends
+    rows: list[int]  # its texts among all
+
+
+def plain(text: object) -> str:
+    """A text in one line, with escapes for the characters that a terminal would obey."""
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(text))
 
 
 def say(message: str) -> None:
     if RANK == 0:
-        print(message, flush=True)
+        print(plain(message), flush=True)
 
 
-def one_line(error: Exception) -> str:
-    text = f"found no {error}" if isinstance(error, KeyError) else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
+def warn(message: str) -> None:
+    if RANK == 0:
+        print(f"warning: {plain(message)}", file=sys.stderr)
+
+
+def stop(message: str) -> NoReturn:
+    raise Problem(message)
+
+
+def reason(error: Exception) -> str:
+    """What a library's error says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def is_text(value: object) -> bool:
@@ -111,44 +172,42 @@ def is_text(value: object) -> bool:
     return value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
+def is_whole(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
 def check_settings() -> None:
-    """Ends the run at the first setting that makes no sense."""
-
-    def is_whole(value: object, least: int) -> bool:
-        return type(value) is int and value >= least
-
-    words_right = is_whole(WORDS_TO_PLOT, 0) or (isinstance(WORDS_TO_PLOT, list) and all(map(is_text, WORDS_TO_PLOT)))
-    resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 100_000
+    """Stops at the first setting that makes no sense."""
+    plot_right = is_whole(WORDS_TO_PLOT, 0) or (isinstance(WORDS_TO_PLOT, list) and all(map(is_text, WORDS_TO_PLOT)))
+    device_right = isinstance(DEVICE, str) and re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", DEVICE)
+    resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 10_000
     for name, right, expected in (
         ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
         ("RESULTS_DIR", is_text(RESULTS_DIR), "the name of a folder"),
         ("CONTEXTS_FILE", is_text(CONTEXTS_FILE), "the name of a file"),
-        ("WORDS_TO_PLOT", words_right, 'a number of at least 0 or a list of words, such as ["lighthouse"]'),
+        ("SAME_LENGTH", type(SAME_LENGTH) is bool, "True or False"),
+        ("WORDS_TO_PLOT", plot_right, "a number of at least 0 or a list of words"),
         ("PREPEND_BOS", type(PREPEND_BOS) is bool, "True or False"),
         ("DTYPE", DTYPE in ("float32", "bfloat16", "float16"), '"float32", "bfloat16" or "float16"'),
-        ("DEVICE", is_text(DEVICE), '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
-        ("BATCH_TOKENS", is_whole(BATCH_TOKENS, 1), "a number of at least 1"),
+        ("DEVICE", device_right, '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
+        ("BATCH_TOKENS", BATCH_TOKENS is None or is_whole(BATCH_TOKENS, 1), "None or a number of at least 1"),
         ("SEED", is_whole(SEED, 0), "a number of at least 0"),
-        ("BOOTSTRAP_RESAMPLES", resamples_right, "a number from 1 to 100000"),
+        ("BOOTSTRAP_RESAMPLES", resamples_right, "a number from 1 to 10000"),
     ):
         if not right:
-            fail(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
+            raise Problem(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
 
 
 def choose_device() -> torch.device:
     name = DEVICE
-    if DEVICE == "auto":
+    if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and RANKS > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.zeros(1, device=name).device
+        return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
-        fewer = ", or start fewer ranks" * (RANKS > 1)
-        fail(f'DEVICE = {DEVICE!r}: {name} cannot be used here ({one_line(error)}): set it to "cpu"{fewer}')
-    if device.type not in ("cuda", "mps", "cpu"):
-        fail(f'DEVICE = {DEVICE!r}: expected "auto", "cpu", "cuda", "cuda:1" or "mps"')
-    return device
+        raise Problem(f'DEVICE = {DEVICE!r}: {name} cannot be used here ({reason(error)}): set it to "cpu"') from None
 
 
 def find_family(name: str) -> Path:
@@ -156,7 +215,7 @@ def find_family(name: str) -> Path:
     for folder in (Path(name), HERE / name):
         if folder.is_dir():
             return folder.resolve()
-    fail(
+    raise Problem(
         f"there is no folder {HERE / name}: fetch Pythia-1B with `python download_checkpoints.py`, or train "
         "a miniature with `python tests/miniature.py` and name its folder, miniature_checkpoints"
     )
@@ -164,77 +223,94 @@ def find_family(name: str) -> Path:
 
 def find_checkpoints(family: Path) -> dict[int, Path]:
     """The checkpoints of a family by training step, in ascending order."""
-    matches = (re.fullmatch("step(0|[1-9][0-9]{0,11})", folder.name) for folder in family.iterdir() if folder.is_dir())
-    steps = sorted(int(match[1]) for match in matches if match)
-    if not steps:
-        fail(f"{family} holds no checkpoint: expected a folder for each training step, such as step0 and step512")
-    return {step: family / f"step{step}" for step in steps}
+    folders = {}
+    for folder in family.iterdir():
+        if match := re.fullmatch("step(0|[1-9][0-9]{0,11})", folder.name):
+            folders[int(match[1])] = folder
+            if not folder.is_dir():  # a link that leads nowhere, say: without it another step would be the final one
+                raise Problem(f"{folder} is no folder: fetch that checkpoint again, or remove the entry")
+    if not folders:
+        raise Problem(f"{family} holds no checkpoint: expected a folder for each training step, such as step0")
+    return dict(sorted(folders.items()))
+
+
+def without_repeats(pairs: list[tuple[str, object]]) -> dict:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"{key!r} stands there {count} times")
+    return dict(pairs)
 
 
 def read_json(file: Path, expected: str) -> dict:
-    """The object that a JSON file holds; an empty one is an error too."""
+    """The object that a JSON file holds. An empty one, and a key that stands in it twice, are errors too."""
+    if not file.is_file():
+        raise Problem(f"{file} is not there, or no file: expected {expected}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
     except OSError as error:
-        fail(f"{file} cannot be read ({error.strerror}): expected {expected}")
-    except json.JSONDecodeError as error:
-        fail(f"{file}, line {error.lineno}: not JSON ({error.msg}); expected {expected}")
+        raise Problem(f"{file} cannot be read ({error.strerror}): expected {expected}") from None
     except (ValueError, RecursionError) as error:
-        fail(f"{file}: not JSON ({one_line(error)}); expected {expected}")
+        raise Problem(f"{file} is not the JSON expected ({reason(error)}): expected {expected}") from None
     if not isinstance(content, dict) or not content:
         found = "an empty object" if content == {} else f"a {type(content).__name__}"
-        fail(f"{file}, line 1: found {found}, expected {expected}")
+        raise Problem(f"{file}: found {found}, expected {expected}")
     return content
 
 
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Puts the name of a file in front of whatever error its reader raises."""
-    try:
-        yield
-    except Exception as error:
-        raise ValueError(f"{file.name}: {one_line(error)}") from error
+def read_contexts() -> dict[str, dict[str, list[str]]]:
+    """The entries of CONTEXTS_FILE by word; all that is wrong with them is said at once."""
+    file = HERE / CONTEXTS_FILE
+    contexts = read_json(file, 'an object {"word": {"sentences": [...], "replaced_sentences": [...]}, ...}')
+    wrong = []
+    for word, entry in contexts.items():
+        if not is_text(word) or not isinstance(entry, dict):
+            wrong.append(f"{word!r:.60} is no word with an object of sentences")
+            continue
+        for name, least in (("sentences", 2), ("replaced_sentences", 0)):
+            texts = entry.setdefault(name, [])
+            if not isinstance(texts, list) or len(texts) < least:
+                wrong.append(f"{word!r:.60} needs a list of {least} or more {name}")
+            elif not all(is_text(text) for text in texts):
+                wrong.append(f"{word!r:.60} has {name} that are no text")
+    if wrong:
+        raise Problem(f"{file}: correct or remove {len(wrong)} entries: {'; '.join(wrong)}")
+    return contexts
 
 
 def read_config(folder: Path) -> GPTNeoXConfig:
-    """The configuration of a checkpoint. Raises ValueError if it is not one of a GPT-NeoX model."""
-    with naming(folder / "config.json"):
-        model_type = dict(json.loads((folder / "config.json").read_text(encoding="utf-8"))).get("model_type")
-        if model_type != "gpt_neox":
-            raise ValueError(f"the architecture is {model_type}, expected gpt_neox")
-        return GPTNeoXConfig.from_pretrained(folder)
+    """The configuration of a checkpoint's base model: what defines it, and nothing else of config.json."""
+    entries = read_json(folder / "config.json", "the configuration of a GPT-NeoX model")
+    if entries.get("model_type") != "gpt_neox":
+        raise Problem(f"the architecture is {entries.get('model_type')}, expected gpt_neox")
+    entries.pop("quantization_config", None)
+    config = GPTNeoXConfig.from_dict(entries)
+    return GPTNeoXConfig(**{name: getattr(config, name) for name in ARCHITECTURE})
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, which neither pads nor cuts. Raises ValueError if it cannot be used."""
-    with naming(folder / "tokenizer.json"):
-        tokenizer = Tokenizer.from_buffer((folder / "tokenizer.json").read_bytes())
-        if PREPEND_BOS and tokenizer.token_to_id(BOS) is None:
-            raise ValueError(f"there is no token {BOS}; set PREPEND_BOS = False")
+def read_tokenizer(content: bytes) -> Tokenizer:
+    """The tokenizer that a tokenizer.json holds, made to neither pad nor cut."""
+    tokenizer = Tokenizer.from_buffer(content)
+    if PREPEND_BOS and tokenizer.token_to_id(BOS) is None:
+        raise Problem(f"its tokenizer has no token {BOS}; set PREPEND_BOS = False")
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
-def read_final(folder: Path) -> tuple[GPTNeoXConfig, Tokenizer]:
-    """Configuration and tokenizer of the final checkpoint, which the others have to share."""
-    try:
-        return read_config(folder), read_tokenizer(folder)
-    except Exception as error:  # whatever the readers raise, there is nothing to compare with
-        fail(f"fetch or train again, or remove, what cannot be used: {folder}: {one_line(error)}")
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights of a checkpoint, one or shards: safetensors where there are, else pickled."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    name = next((name for name in names if (folder / name).is_file()), None)
-    if name is None:
-        raise FileNotFoundError(f"it has no weights, expected {names[0]} or {names[2]}")
-    if name.endswith(".index.json"):
-        with naming(folder / name):
-            shards = json.loads((folder / name).read_text(encoding="utf-8"))["weight_map"].values()
-            return [folder / shard for shard in sorted(set(shards))]
-    return [folder / name]
+    found = [name for name in names if (folder / name).is_file()]
+    if not found:
+        raise Problem(f"it has no weights, expected {names[0]} or {names[2]}")
+    shards = [found[0]]
+    if found[0].endswith(".index.json"):
+        index = read_json(folder / found[0], 'an object {"weight_map": {tensor: file, ...}}')
+        shards = sorted(set(index["weight_map"].values()))
+    for shard in shards:
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise Problem(f"its weights lack the file {shard}")
+    return [folder / shard for shard in shards]
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -244,185 +320,175 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     """
     weights = {}
     for file in weight_files(folder):
-        with naming(file):
+        try:
             if file.suffix == ".safetensors":
                 weights |= load_file(file)
-            else:
-                weights |= torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            else:  # the pickles of old versions of torch cannot be mapped
+                weights |= torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+        except Exception as error:  # whatever the readers raise, the file cannot be used
+            raise Problem(f"{file.name}: {reason(error)}") from None
     return {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
 
 
-def read_ahead(folders: list[Path]) -> None:
-    """Reads the weights of checkpoints once, so that the operating system has them in memory when they are loaded."""
-    with suppress(OSError, ValueError):  # what is wrong with a file is said when it is loaded
-        for file in (file for folder in folders for file in weight_files(folder)):
-            with file.open("rb") as stream:
-                while stream.read(2**24):
-                    pass
+def load_weights(model: GPTNeoXModel, weights: dict[str, torch.Tensor], assign: bool = False) -> None:
+    """Copies weights into a model, in place: fresh memory would cost time. With assign, they take the place of its own.
+
+    That reads nothing from disk, so it checks a checkpoint on a model of the meta device. Raises RuntimeError for a
+    tensor of a wrong shape or type, Problem for one that is missing or has no place.
+    """
+    missing, unexpected = model.load_state_dict(weights, strict=False, assign=assign)
+    unexpected = [name for name in unexpected if not name.endswith(SURPLUS)]
+    if missing:
+        raise Problem(f"its weights lack {len(missing)} tensors of its config's model, such as {missing[0]}")
+    if unexpected:
+        raise Problem(f"its config's model has no place for {len(unexpected)} tensors, such as {unexpected[0]}")
+
+
+def fingerprint(folder: Path, weights: dict[str, torch.Tensor]) -> list:
+    """What changes with a checkpoint's weights: sizes and times of the files, names and four values of the tensors."""
+    stats = [file.stat() for file in weight_files(folder)]
+    samples = [tensor.flatten()[:: tensor.numel() // 4 + 1].tolist() for tensor in weights.values()]
+    return [[(stat.st_size, stat.st_mtime_ns) for stat in stats], list(weights), samples]
+
+
+def read_family(checkpoints: dict[int, Path]) -> tuple[GPTNeoXConfig, Tokenizer, dict[int, list]]:
+    """Checks every checkpoint. Returns what all share, config and tokenizer, and the fingerprint of each.
+
+    Stops, and names all that cannot be used, if some are not whole or not of the final checkpoint's kind.
+    """
+    final = checkpoints[max(checkpoints)]
+    fingerprints, unusable = {}, []
+    descending = sorted(checkpoints.items(), reverse=True)
+    for step, folder in tqdm(descending, desc="checking", unit="checkpoint", leave=False, disable=RANK > 0):
+        try:
+            own_config, weights = read_config(folder), read_weights(folder)
+            if not (folder / "tokenizer.json").is_file():
+                raise Problem("it has no tokenizer.json")
+            tokenizer_bytes = (folder / "tokenizer.json").read_bytes()
+            layers = own_config.num_hidden_layers
+            if not 0 < layers <= len(weights):  # to build a model of a million layers would take ages
+                raise Problem(f"its config has {layers} layers, its weights {len(weights)} tensors")
+            if folder == final:
+                config, tokenizer, final_bytes = own_config, read_tokenizer(tokenizer_bytes), tokenizer_bytes
+                if max(tokenizer.get_vocab().values()) >= config.vocab_size:
+                    raise Problem(f"its tokenizer has more tokens than its model, which knows {config.vocab_size} only")
+                with torch.device("meta"):
+                    model = GPTNeoXModel(config)
+            for name in ARCHITECTURE:
+                own, expected = getattr(own_config, name), getattr(config, name)
+                if own != expected:
+                    raise Problem(f"its {name} is {own}, that of {final.name} {expected}")
+            if tokenizer_bytes != final_bytes and read_tokenizer(tokenizer_bytes).to_str() != tokenizer.to_str():
+                raise Problem(f"its tokenizer is not that of {final.name}")
+            load_weights(model, weights, assign=True)
+            fingerprints[step] = fingerprint(folder, weights)
+        except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
+            unusable.append(f"{folder}: {error if isinstance(error, Problem) else reason(error)}")
+            if folder == final:  # there is nothing to compare the others with
+                break
+    if unusable:
+        raise Problem(f"fetch or train again, or remove, what cannot be used: {'; '.join(reversed(unusable))}")
+    return config, tokenizer, fingerprints
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[int, ...]]:
-    """The token ids of each text as it is read, after <|endoftext|> where PREPEND_BOS says so."""
-    start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
-    return [start + tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    """The token ids of each text, without <|endoftext|>."""
+    try:
+        return [tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    except Exception as error:  # tokenizers has no narrower one
+        raise Problem(f"the family's tokenizer cannot read the texts ({reason(error)}): fetch it again") from None
 
 
-def tokens_name(length: int) -> str:
-    return "1 token" if length == 1 else f"{length} tokens"
+def name_tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count} tokens"
 
 
-def read_contexts(tokenizer: Tokenizer, config: GPTNeoXConfig) -> dict[str, dict[str, list[str]]]:
-    """The entries of CONTEXTS_FILE by word; all that is wrong with them is said at once."""
-    file = HERE / CONTEXTS_FILE
-    entries = read_json(file, 'an object {"word": {"sentences": [...], "replaced_sentences": [...]}, ...}')
-    positions = config.max_position_embeddings
-    wrong = []
-    for word, entry in entries.items():
-        if not is_text(word) or not isinstance(entry, dict):
-            wrong.append(f"{word!r:.60} is no word with an object of sentences")
+def choose_entries(
+    contexts: dict[str, dict[str, list[str]]], tokenizer: Tokenizer, config: GPTNeoXConfig
+) -> tuple[list[Entry], list[Text]]:
+    """The entries that can be compared, and their texts.
+
+    A variant that measures something else than P1 or P2 is left out, counted and named.
+    """
+    strings = {}
+    for word, entry in contexts.items():
+        strings[f" {word}"] = None
+        strings |= dict.fromkeys(entry["sentences"] + entry["replaced_sentences"])
+        strings |= dict.fromkeys(f" {text.split()[-1]}" for text in entry["replaced_sentences"])
+    token_ids = dict(zip(strings, encode(tokenizer, list(strings)), strict=True))
+
+    entries, row_of = [], {}
+    left_out = defaultdict(Counter)  # fault: {word: how often}
+    for word, entry in contexts.items():
+        ending = token_ids[f" {word}"]
+        base, *others = entry["sentences"]
+        if token_ids[base][-len(ending) :] != ending:
+            left_out["words whose base does not end in them"][word] += 1
             continue
-        for kind, least in KINDS.items():
-            texts = entry.get(kind, [])
-            if not isinstance(texts, list) or len(texts) < least:
-                wrong.append(f"{word!r:.60} needs a list of {least} or more {kind}")
-            elif not all(is_text(text) for text in texts):
-                wrong.append(f"{word!r:.60} has {kind} that are no text")
-            elif any(len(sequence) > positions for sequence in encode(tokenizer, texts)):
-                wrong.append(f"{word!r:.60} has {kind} that are longer than the model's {positions} positions")
-    if wrong:
-        fail(f"{file}: mend or remove {len(wrong)} entries: {'; '.join(wrong)}")
-    return entries
+        seen = {token_ids[base]}
+        chosen = {"contexts": [], "perturbed": []}
+        for text in others:
+            if token_ids[text][-len(ending) :] != ending:
+                left_out["contexts that do not end in their word"][word] += 1
+            elif token_ids[text] in seen:
+                left_out["contexts that repeat a sentence"][word] += 1
+            else:
+                chosen["contexts"].append(text)
+                seen.add(token_ids[text])
+        for text in entry["replaced_sentences"]:
+            last_word = token_ids[f" {text.split()[-1]}"]
+            if token_ids[text][-1] != ending[-1]:
+                left_out["perturbed versions that do not end in their word's last token"][word] += 1
+            elif token_ids[text][-len(ending) :] == ending:
+                left_out["perturbed versions that keep their word"][word] += 1
+            elif token_ids[text] in seen:
+                left_out["perturbed versions that repeat a sentence"][word] += 1
+            elif SAME_LENGTH and len(last_word) != len(ending):
+                left_out["perturbed versions whose last word has another number of tokens"][word] += 1
+            else:
+                chosen["perturbed"].append(text)
+                seen.add(token_ids[text])
+        if not chosen["contexts"] and not chosen["perturbed"]:
+            left_out["words of which no variant remains"][word] += 1
+            continue
+        for text in (base, *chosen["contexts"], *chosen["perturbed"]):
+            row_of.setdefault(text, len(row_of))
+        contexts_rows, perturbed_rows = ([row_of[text] for text in texts] for texts in chosen.values())
+        entries.append(Entry(word, len(ending), ending[-1], row_of[base], contexts_rows, perturbed_rows))
+
+    for fault, counts in left_out.items():
+        warn(f"{counts.total()} {fault} are left out: {', '.join(f'{n} of {word}' for word, n in counts.items())}")
+    if not entries:
+        raise Problem(f"{HERE / CONTEXTS_FILE}: no word is left: expected sentences that end in their word, with no stop")
+    for name, field in (("P1", "contexts"), ("P2", "perturbed")):
+        lacking = [entry.word for entry in entries if not getattr(entry, field)]
+        if lacking:
+            warn(f"{name} is empty for {len(lacking)} of {len(entries)} words, without {field}: {', '.join(lacking)}")
+    texts = [Text(sentence, token_ids[sentence]) for sentence in row_of]
+    for sentence, ids in texts:
+        if len(ids) + PREPEND_BOS > config.max_position_embeddings:
+            positions = config.max_position_embeddings
+            raise Problem(f"{HERE / CONTEXTS_FILE}: {sentence!r:.60} is longer than the model's {positions} positions")
+    return entries, texts
 
 
-def choose_variants(
-    entries: dict[str, dict[str, list[str]]], tokenizer: Tokenizer
-) -> tuple[dict[str, list[list[str]]], np.ndarray]:
-    """For each word the texts that are compared, [base], other contexts, perturbed versions; and int (words,) lengths.
+def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list[Tree]:
+    """Packs token sequences into prefix trees, in which every distinct prefix stands once.
 
-    A length is a word's number of tokens. Left out, counted and named is what measures something else: a context that
-    does not end in the word's tokens, a perturbed version that does not end in its last token, and the base again.
+    A causal model's hidden state depends on the prefix alone. So the nodes of a tree are put in one input sequence,
+    where each attends to its ancestors and itself, and its position is its depth. A tree ends before it grows beyond
+    the batch's tokens, unless one sequence is longer; the next repeats only the ancestors that both need.
     """
-    chosen, lengths, left_out = {}, [], {kind: {} for kind in KINDS}
-    for word, entry in entries.items():
-        base_text, *contexts = entry["sentences"]
-        word_tokens, base = encode(tokenizer, [" " + word, base_text])
-        length = len(word_tokens) - PREPEND_BOS
-        ending = word_tokens[-length:]
-        base_fits = base[-length:] == ending
-        variants = [[base_text]]
-        for kind, texts, shared in (
-            ("sentences", contexts, length),
-            ("replaced_sentences", entry.get("replaced_sentences", []), 1),
-        ):
-            fitting = [
-                text
-                for text, sequence in zip(texts, encode(tokenizer, texts), strict=True)
-                if base_fits and sequence[-shared:] == ending[-shared:] and sequence != base
-            ]
-            if len(fitting) < len(texts):
-                left_out[kind][word] = len(texts) - len(fitting)
-            variants.append(fitting)
-        if any(variants[1:]):
-            chosen[word] = variants
-            lengths.append(length)
-    for kind, counts in left_out.items():
-        if counts:
-            named = ", ".join(f"{number} of {word}" for word, number in counts.items())
-            warn(f"{sum(counts.values())} {kind} that end in other tokens, or repeat the base, are left out: {named}")
-    if unmatched := [word for word in entries if word not in chosen]:
-        warn(f"{len(unmatched)} of {len(entries)} words are left out, no variant remains: {', '.join(unmatched)}")
-    if not chosen:
-        fail(f"{HERE / CONTEXTS_FILE}: no word is left: expected sentences that end in their word, without a stop")
-    for kind, name in ((1, "P1"), (2, "P2")):
-        if lacking := [word for word, variants in chosen.items() if not variants[kind]]:
-            warn(f"{name} is empty for {len(lacking)} of {len(chosen)} words, without a variant: {', '.join(lacking)}")
-    return chosen, np.array(lengths)
-
-
-def check_checkpoint(
-    folder: Path, final: Path, config: GPTNeoXConfig, texts: list[str], sequences: list[tuple[int, ...]]
-) -> str:
-    """Checks that a checkpoint is whole and of the final one's kind, or raises an exception that says why not.
-
-    Returns a digest of one row of weights: checkpoints with different digests carry different weights.
-    """
-    own_config = read_config(folder)
-    for name in ARCHITECTURE:
-        own, expected = getattr(own_config, name), getattr(config, name)
-        if own != expected:
-            raise ValueError(f"its {name} is {own}, that of {final.name} {expected}")
-    if (folder / "tokenizer.json").read_bytes() != (final / "tokenizer.json").read_bytes():
-        for text, own, expected in zip(texts, encode(read_tokenizer(folder), texts), sequences, strict=True):
-            if own != expected:
-                raise ValueError(f"its tokenizer reads {text!r} as {own}, that of {final.name} as {expected}")
-    weights = read_weights(folder)
-    if not 0 < config.num_hidden_layers <= len(weights):  # said here, since to build such a model might take for ever
-        raise ValueError(f"its config has {config.num_hidden_layers} layers, its weights {len(weights)} tensors")
-    with torch.device("meta"):
-        parameters = dict(GPTNeoXModel(config).named_parameters())
-    for name, parameter in parameters.items():
-        tensor = weights.get(name)
-        if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f"its weights lack the tensor {name}")
-        if tensor.shape != parameter.shape or not tensor.is_floating_point():
-            found = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"its tensor {name} is {found}, expected floating point {tuple(parameter.shape)}")
-    row = weights["layers.0.attention.query_key_value.weight"][0].float()
-    return hashlib.sha256(row.numpy().tobytes()).hexdigest()
-
-
-def same_weights(folder: Path, other: Path) -> bool:
-    weights, others = read_weights(folder), read_weights(other)
-    return all(torch.equal(weights[name].float(), others[name].float()) for name in weights.keys() & others.keys())
-
-
-def check_checkpoints(
-    checkpoints: dict[int, Path], config: GPTNeoXConfig, texts: list[str], sequences: list[tuple[int, ...]]
-) -> None:
-    """Stops if a checkpoint cannot be used, and warns of checkpoints that carry the same weights."""
-    final = checkpoints[max(checkpoints)]
-    for text, sequence in zip(texts, sequences, strict=True):
-        if max(sequence) >= config.vocab_size:
-            fail(
-                f"{final}: its tokenizer reads {text!r} as {sequence}, its model knows {config.vocab_size} tokens only"
-            )
-    unusable, steps_by_digest = [], defaultdict(list)
-    for step, folder in tqdm(checkpoints.items(), desc="checking", unit="checkpoint", leave=False, disable=RANK > 0):
-        try:
-            steps_by_digest[check_checkpoint(folder, final, config, texts, sequences)].append(step)
-        except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
-            unusable.append(f"{folder}: {one_line(error)}")
-    if unusable:
-        fail(f"fetch or train again, or remove, what cannot be used: {'; '.join(unusable)}")
-    if RANK > 0:  # one process compares whole files, and warns
-        return
-    for first, *others in steps_by_digest.values():
-        same = [first, *(step for step in others if same_weights(checkpoints[first], checkpoints[step]))]
-        if len(same) > 1:
-            warn(f"steps {', '.join(map(str, same))} have identical weights: the curves stand still between them")
-
-
-def prefix_trees(
-    sequences: list[tuple[int, ...]], device: torch.device
-) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
-    """Packs sorted token sequences into prefix trees, in which every distinct prefix stands once.
-
-    A causal model's hidden state depends on the prefix alone. So the nodes of a tree are put in one input
-    sequence, where each attends to its ancestors and itself, and its position is its depth. A tree ends before
-    it grows beyond BATCH_TOKENS nodes, unless one sequence is longer; the next repeats only the ancestors that both
-    need.
-
-    Returns for each tree the model's inputs, input_ids and position_ids, int (1, nodes), and attention_mask, bool
-    (1, 1, nodes, nodes); and int (sequences of the tree,) last: the node at which each sequence ends.
-    """
+    batch_tokens = BATCH_TOKENS or (256 if device.type == "cpu" else 2048)
     trees, previous, path = [], (), []
-    for sequence in sequences:
+    for row in sorted(range(len(sequences)), key=sequences.__getitem__):
+        sequence = sequences[row]
         shared = 0
         while shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
             shared += 1
-        if not trees or len(trees[-1][0]) + len(sequence) - shared > BATCH_TOKENS:
-            tokens, paths, last = [], [], []
-            trees.append((tokens, paths, last))
+        if not trees or len(trees[-1][0]) + len(sequence) - shared > batch_tokens:
+            tokens, paths, last, rows = [], [], [], []
+            trees.append((tokens, paths, last, rows))
             shared = 0
         path = path[:shared]
         for token in sequence[shared:]:
@@ -430,22 +496,19 @@ def prefix_trees(
             tokens.append(token)
             paths.append(path)
         last.append(path[-1])
+        rows.append(row)
         previous = sequence
 
-    def tensors(
-        tokens: list[int], paths: list[list[int]], last: list[int]
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    packed = []
+    for tokens, paths, last, rows in trees:
+        mask = torch.zeros(1, 1, len(tokens), len(tokens), dtype=torch.bool)
         for node, path in enumerate(paths):
-            mask[node, path] = True
-        inputs = {
-            "input_ids": torch.tensor([tokens]),
-            "position_ids": torch.tensor([[len(path) - 1 for path in paths]]),
-            "attention_mask": mask[None, None],
-        }
-        return {name: tensor.to(device) for name, tensor in inputs.items()}, torch.tensor(last, device=device)
-
-    return [tensors(*tree) for tree in trees]
+            mask[0, 0, node, path] = True
+        positions = torch.tensor([[len(path) - 1 for path in paths]])
+        inputs = {"input_ids": torch.tensor([tokens]), "position_ids": positions, "attention_mask": mask}
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        packed.append(Tree(inputs, torch.tensor(last, device=device), rows))
+    return packed
 
 
 def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor, activation: str = "none") -> torch.Tensor:
@@ -458,186 +521,329 @@ def onednn_mlp(mlp: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
     return mlp.dense_4h_to_h(onednn_linear(mlp.dense_h_to_4h, states, "gelu"))
 
 
-def build_model(folder: Path, device: torch.device) -> GPTNeoXModel:
-    """The base model, without its head. Its blocks compute in DTYPE; the residual stream stays in float32."""
-    model = GPTNeoXModel.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").to(device).eval()
+def build_model(config: GPTNeoXConfig, device: torch.device) -> GPTNeoXModel:
+    """The base model, with no weights yet. Its blocks compute in DTYPE; the residual stream stays in float32."""
+    config._attn_implementation = "sdpa"
+    with torch.device("meta"):  # so that no time goes into random weights
+        model = GPTNeoXModel(config)
+    model.to_empty(device=device).eval()
+    model.rotary_emb = type(model.rotary_emb)(config).to(
+        device
+    )  # its frequencies are no weights: load_weights has none
     linear_layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     for layer in linear_layers:
         layer.to(getattr(torch, DTYPE))
     if DTYPE == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
         for layer in linear_layers:
             layer.forward = partial(onednn_linear, layer)
-        if model.config.hidden_act == "gelu":
+        if config.hidden_act == "gelu":
             for block in model.layers:
                 block.mlp.forward = partial(onednn_mlp, block.mlp)
     return model
 
 
-def load_weights(model: GPTNeoXModel, folder: Path) -> None:
-    """Overwrites the weights of the model by those of a checkpoint, in place: fresh memory would cost more time."""
-    weights = read_weights(folder)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name].to(parameter.device))
+def read_ahead(folder: Path) -> None:
+    """Reads the weights of a checkpoint once, so that the operating system has them in memory when they are loaded."""
+    with suppress(OSError, Problem):  # what is wrong with a file is said when it is loaded
+        for file in weight_files(folder):
+            with file.open("rb") as stream:
+                while stream.read(2**24):
+                    pass
 
 
-def unit_states(
-    model: GPTNeoXModel,
-    folders: list[Path],
-    trees: list[tuple[dict[str, torch.Tensor], torch.Tensor]],
-    texts: list[str],
-    progress: tqdm,
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields the hidden states of the checkpoint in folders[0] at the last token of each text, scaled to unit length.
+def make_store(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """Room for the unit states of a checkpoint: in the GPU's memory if it has plenty, else in a temporary file."""
+    needed, folder = 4 * math.prod(shape), HERE / RESULTS_DIR
+    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
+        return torch.empty(shape, device=device)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise Problem(f"{folder}: hidden states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room")
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (the memory map outlives this function)
+    for _ in range(shape[0]):
+        file.write(bytes(needed // shape[0]))  # a full disk is an error here; later, it would kill the process
+    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
-    Tree by tree: the rows of its texts, and their states, float32 (texts of the tree, layers + 1, width).
-    Meanwhile the weights in the other folders, those that are needed next, are read from disk.
+
+def read_unit_states(
+    model: GPTNeoXModel, upcoming: list[Path], trees: list[Tree], names: list[str], store: torch.Tensor, progress: tqdm
+) -> None:
+    """Fills store, float32 (layers + 1, texts, width), with the hidden state at each text's last token, at length 1.
+
+    They are those of the first of the upcoming checkpoints, which is taken from the list. Meanwhile the weights of the
+    next one are read from disk.
     """
-    load_weights(model, folders[0])
-    Thread(target=read_ahead, args=[folders[1:]], daemon=True).start()
-    stop = 0
-    for inputs, last in trees:
-        start, stop = stop, stop + len(last)
+    folder = upcoming.pop(0)
+    progress.set_description(folder.name)
+    load_weights(model, read_weights(folder))
+    for following in upcoming[:1]:
+        Thread(target=read_ahead, args=[following], daemon=True).start()
+    for tree in trees:
         with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
-            hidden_states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-        states = torch.stack([layer[0, last] for layer in hidden_states]).float()
+            hidden_states = model(**tree.inputs, use_cache=False, output_hidden_states=True).hidden_states
+        states = torch.stack([layer[0, tree.last] for layer in hidden_states]).float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         wrong = ~(norms.isfinite() & (norms > 0))
         if wrong.any():
-            layer, row, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
-            progress.close()
-            where, text = f"{folders[0].name}, layer {layer}", texts[start + row][-60:]
-            remedy = f'fetch {folders[0]} again, or set DTYPE = "float32"'
-            fail(f"{where}: the hidden state of {text!r} is not finite, or zero; {remedy}")
-        yield slice(start, stop), (states / norms).transpose(0, 1)
+            layer, index, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
+            raise Problem(
+                f"{folder.name}, layer {layer}: the hidden state of {names[tree.rows[index]]!r:.60} is not finite, or "
+                f'zero; fetch {folder} again, or set DTYPE = "float32"'
+            )
+        store[:, tree.rows] = (states / norms).to(store.device)
         progress.update()
 
 
-def state_store(shape: tuple[int, int, int], folder: Path, device: torch.device) -> torch.Tensor:
-    """Room for the hidden states of a checkpoint; on a CPU in a temporary file, so that memory does not grow."""
-    if device.type != "cpu":
-        return torch.empty(shape, device=device)
-    needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(folder).free
-    if needed > free:
-        fail(f"{folder}: the hidden states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB of disk are free: make room")
-    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (the memory map outlives this function)
-    row = bytes(4 * shape[1] * shape[2])
-    for _ in range(shape[0]):
-        file.write(row)  # a full disk is an error here; met later, through the memory map, it would kill the process
-    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
+def contribution_of(states: torch.Tensor, entries: list[Entry]) -> dict[str, np.ndarray]:
+    """All that a checkpoint contributes: COSINES, float32 (layers + 1, words) each, NaN where a word has none.
+
+    states: float32 (layers + 1, texts, width), unit states.
+    """
+    contribution = {name: np.full((len(states), len(entries)), np.nan, np.float32) for name in COSINES}
+    for layer in range(len(states)):
+        unit = states[layer].cpu()
+        sum_of_bases = unit[[entry.base for entry in entries]].sum(0)
+        for number, entry in enumerate(entries):
+            base, contexts, perturbed = unit[entry.base], unit[entry.contexts], unit[entry.perturbed]
+            contribution["P1"][layer, number] = (contexts @ base).mean()
+            contribution["P2"][layer, number] = (perturbed @ base).mean()
+            contribution["P12"][layer, number] = (contexts @ perturbed.T).mean()
+            if len(entries) > 1:
+                others = (sum_of_bases - base) @ base
+                contribution["unrelated"][layer, number] = others / (len(entries) - 1)
+    return contribution
 
 
 def measure(
     checkpoints: dict[int, Path],
-    missing: dict[int, str],
-    kept: Path,
-    texts: list[str],
+    missing: dict[int, Path],
     sequences: list[tuple[int, ...]],
-    variant_rows: list[list[list[int]]],
+    texts: list[Text],
+    entries: list[Entry],
+    config: GPTNeoXConfig,
     device: torch.device,
 ) -> None:
-    """Measures the missing checkpoints (step: key), and keeps what each contributes as soon as it is known.
-
-    variant_rows: for each word its rows among the texts: [base], other contexts, perturbed versions.
-    """
-    passes = list(missing)
+    """Measures the missing checkpoints, {step: file}, and keeps what each contributes as soon as it is known."""
+    upcoming = [checkpoints[step] for step in missing]
+    names = [text.sentence for text in texts]
     trees = prefix_trees(sequences, device)
-    model = build_model(checkpoints[passes[0]], device)
-    shape = (len(texts), model.config.num_hidden_layers + 1, model.config.hidden_size)
-    states = state_store(shape, kept, device)
-
-    with tqdm(total=len(passes) * len(trees), unit="batch", disable=RANK > 0) as progress:
-        for index, step in enumerate(passes):
-            progress.set_description(f"checkpoint {index + 1} of {len(passes)}, step {step}")
-            folders = [checkpoints[step] for step in passes[index : index + 2]]
-            for rows, tree_states in unit_states(model, folders, trees, texts, progress):
-                states[rows] = tree_states
-            base_sum = sum(states[base] for (base,), _, _ in variant_rows)
-            P1, P2, unrelated = (torch.full((len(variant_rows), shape[1]), torch.nan) for _ in range(3))
-            for word, ((base,), contexts, perturbed) in enumerate(variant_rows):
-                if contexts:
-                    P1[word] = (states[contexts] * states[base]).sum(-1).mean(0)
-                if perturbed:
-                    P2[word] = (states[perturbed] * states[base]).sum(-1).mean(0)
-                if len(variant_rows) > 1:
-                    unrelated[word] = ((base_sum - states[base]) * states[base]).sum(-1) / (len(variant_rows) - 1)
-            write_arrays(kept / f"step{step}.npz", key=missing[step], P1=P1.T, P2=P2.T, unrelated=unrelated.T)
+    model = build_model(config, device)
+    shape = (config.num_hidden_layers + 1, len(sequences), config.hidden_size)
+    states = make_store(shape, device)
+    with tqdm(total=len(upcoming) * len(trees), unit="batch", disable=RANK > 0) as progress:
+        for step in missing:
+            read_unit_states(model, upcoming, trees, names, states, progress)
+            write_arrays(missing[step], contribution_of(states, entries))
 
 
-def fingerprint(folder: Path) -> list:
-    """What changes when the files of a checkpoint change."""
-    files = [folder / "config.json", *weight_files(folder)]
-    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+def contribution_keys(checkpoints: dict[int, Path], fingerprints: dict[int, list], inputs: list) -> dict[int, str]:
+    """For each step, a digest of all that its contribution depends on, the code that measures it included."""
+    functions = (read_weights, load_weights, encode, prefix_trees, onednn_linear, onednn_mlp, build_model)
+    functions += (read_unit_states, contribution_of, measure)
+    code = [inspect.getsource(function) for function in functions]
+    shared = [code, torch.__version__, transformers.__version__, inputs]
+    keys = {}
+    for step in checkpoints:
+        parts = json.dumps([*shared, fingerprints[step]])
+        keys[step] = hashlib.sha256(parts.encode()).hexdigest()[:16]
+    return keys
 
 
-def contribution_keys(checkpoints: dict[int, Path], inputs: list) -> dict[int, str]:
-    """For each step, a digest of all that its contribution depends on."""
-    parts = {step: [inputs, fingerprint(folder)] for step, folder in checkpoints.items()}
-    return {step: hashlib.sha256(json.dumps(part).encode()).hexdigest() for step, part in parts.items()}
+@contextmanager
+def written_whole(file: Path, mode: str, **how: str) -> Iterator[IO]:
+    """A new file to write to, which takes the given name only when it is whole."""
+    partial_file = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial_file.unlink(missing_ok=True)
+    try:
+        with partial_file.open(mode, **how) as stream:
+            yield stream
+        partial_file.replace(file)
+    finally:
+        partial_file.unlink(missing_ok=True)
 
 
-def write_arrays(file: Path, **arrays: object) -> None:
-    """Writes arrays to a file that appears under its name only when it is whole."""
-    partial_file = file.with_name(f".{file.name}.partial")
-    with partial_file.open("wb") as stream:
+def write_arrays(file: Path, arrays: dict[str, object]) -> None:
+    with written_whole(file, "xb") as stream:
         np.savez(stream, **arrays)
-    partial_file.replace(file)
 
 
-def read_kept(file: Path, key: str) -> dict[str, np.ndarray] | None:
-    """What a checkpoint contributed, or None if that is not known for this key."""
+def read_kept(file: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray] | None:
+    """What a checkpoint contributed, or None if that is not known: arrays of these names and shapes."""
     try:
         with np.load(file) as arrays:
-            return dict(arrays) if arrays["key"] == key else None
+            contribution = dict(arrays)
     except Exception:  # whatever the reader raises, the file holds nothing that can be used
         return None
+    right = {name: array.shape for name, array in contribution.items()} == shapes
+    return contribution if right else None
 
 
-def bootstrap_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % percentile interval of the mean over the first axis (Efron 1979, doi:10.1214/aos/1176344552)."""
-    random = np.random.default_rng(SEED)
-    count = len(values)
-    draws = (np.bincount(random.integers(count, size=count), minlength=count) for _ in range(BOOTSTRAP_RESAMPLES))
-    means = (np.stack(list(draws)) / count) @ values.reshape(count, -1).astype(np.float64)
-    low, high = np.percentile(means, (2.5, 97.5), axis=0)
-    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+def open_results(family: Path) -> tuple[Path, list[str]]:
+    """The folder of a family's results, and the names of the figures that an earlier run drew there."""
+    if not family.name:
+        raise Problem(f"{family} has no name for a folder of results: name a folder within it")
+    results = HERE / RESULTS_DIR / family.name
+    (results / "kept").mkdir(parents=True, exist_ok=True)
+    record = results / "kept" / "run.json"
+    if not record.exists():
+        return results, []
+    earlier = read_json(record, "the record of an earlier run; delete it")
+    if earlier.get("family") != str(family):
+        raise Problem(
+            f"{results} holds the results of {earlier.get('family')}: rename one of the families, or set another "
+            f"RESULTS_DIR; if {family} is the same family, moved, delete {record}"
+        )
+    return results, earlier.get("figures", [])
 
 
-def mean_curves(contributions: dict[str, np.ndarray], lengths: np.ndarray) -> dict[int | str, dict]:
-    """The mean profiles by number of tokens and over all words: each float64 (steps, layers + 1).
+def write_record(results: Path, family: Path, figures: list[str]) -> None:
+    with written_whole(results / "kept" / "run.json", "x", encoding="utf-8") as stream:
+        json.dump({"family": str(family), "figures": figures}, stream)
 
-    contributions: P1, P2 and unrelated, float32 (steps, layers + 1, words), NaN where a word has none. A mean is over
-    the words that have the value; "P1_words" and so on say how many do.
+
+def agree_between_ranks(missing: dict[int, Path], keys: dict[int, str]) -> dict[int, Path]:
+    """Connects the ranks. Returns what the first of them misses, once all have the same keys."""
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
+    seen = [None] * RANKS
+    torch.distributed.all_gather_object(seen, (missing, keys))
+    if any(other_keys != keys for _, other_keys in seen):
+        raise Problem(
+            "the ranks differ in the script, its inputs, the checkpoints or the libraries: make them the same"
+        )
+    return seen[0][0]
+
+
+def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
+    """Warns of checkpoints that agree with an earlier one bit for bit from layer 0 upwards: they share weights.
+
+    values: float (steps, layers + 1, texts).
     """
-    contributions = contributions | {"P1 - P2": contributions["P1"] - contributions["P2"]}
-    curves = {}
-    for length in [*map(int, np.unique(lengths)), "all"]:
-        members = np.full(len(lengths), True) if length == "all" else lengths == length
-        unrelated = contributions["unrelated"][..., members].mean(-1, dtype=np.float64)
-        curves[length] = {"words": int(members.sum()), "unrelated": unrelated}
-        for name in ("P1", "P2", "P1 - P2"):
-            known = contributions[name][..., members & ~np.isnan(contributions[name][0, 0])]
-            mean = known.mean(-1, dtype=np.float64) if known.shape[-1] else np.full(known.shape[:-1], np.nan)
-            low, high = bootstrap_interval(np.moveaxis(known, -1, 0)) if known.shape[-1] else (mean, mean)
-            curves[length] |= {name: mean, f"{name}_ci_low": low, f"{name}_ci_high": high}
-            curves[length][f"{name}_words"] = known.shape[-1]
-    return curves
+    copies = defaultdict(list)  # (an earlier step, how many layers agree with it): the later steps
+    for later in range(1, len(steps)):
+        depths = []  # how many layers, from 0 upwards, agree with each earlier step
+        for earlier in range(later):
+            depth = 0
+            while depth < values.shape[1] and np.array_equal(
+                values[earlier, depth], values[later, depth], equal_nan=True
+            ):
+                depth += 1
+            depths.append(depth)
+        if max(depths) > 0:
+            copies[steps[depths.index(max(depths))], max(depths)].append(steps[later])
+    layers = values.shape[1] - 1
+    for (earlier, depth), others in copies.items():
+        extent = f"up to layer {depth - 1} of {layers}" if depth <= layers else "in all layers"
+        warn(
+            f"steps {earlier} and {', '.join(map(str, others))} have the same hidden states {extent}: so far they "
+            "carry the same weights, a fault of what was published; believe one of them at most"
+        )
 
 
-def write_csv(file: Path, leading: tuple[str, str], tables: dict[tuple, dict], names: tuple, steps: list[int]) -> None:
-    """Writes a row for each table, step and layer: the table's two leading values, then the named curves' values.
+def resample(last_tokens: list[int], seed: int) -> np.ndarray:
+    """How often each text counts, float64 (1 + BOOTSTRAP_RESAMPLES, texts).
 
-    A curve is float (steps, layers + 1). A value that is not defined is left empty.
+    Once each in row 0, which gives the estimate. In the others as often as its last token was drawn, from all last
+    tokens with replacement: words that end in the same token are not independent.
     """
-    partial_file = file.with_name(f".{file.name}.partial")
-    with partial_file.open("w", encoding="utf-8", newline="") as stream:
+    _, clusters = np.unique(last_tokens, return_inverse=True)
+    count = clusters.max() + 1
+    rng = np.random.default_rng([SEED, seed])
+    counts = [np.ones(count)]
+    for _ in range(BOOTSTRAP_RESAMPLES):
+        counts.append(np.bincount(rng.integers(count, size=count), minlength=count))
+    return np.stack(counts)[:, clusters]
+
+
+def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % percentile interval (Efron 1979, doi:10.1214/aos/1176344552) of values that start with the estimate.
+
+    Infinite values stand for later than all others; a bound among them is NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        low, high = np.percentile(values[1:], (2.5, 97.5), axis=0)
+    return np.where(np.isfinite(low), low, np.nan), np.where(np.isfinite(high), high, np.nan)
+
+
+def tabulate(contributions: dict[str, np.ndarray], curve: Curve, entries: list[Entry]) -> dict[str, np.ndarray]:
+    """All that is found of a curve: MEANS and their intervals, and unrelated, float64 (steps, layers + 1) each; and the
+    peak of the word share with all resamples, peak_layer and gain, float64 (1 + resamples, steps).
+
+    contributions: COSINES, (steps, layers + 1, words) each. P1 and P2 are means over the words that have them; P12, the
+    difference and the shares over those that have both.
+    """
+    members = [entries[row] for row in curve.rows]
+    weights = resample([entry.last_token for entry in members], 0 if curve.tokens == "all" else curve.tokens)
+
+    def mean(name: str, known: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            sums = np.tensordot(weights[:, known], contributions[name][..., curve.rows[known]], (1, 2))
+            return sums / weights[:, known].sum(1)[:, None, None]
+
+    has_contexts = np.array([bool(entry.contexts) for entry in members])
+    has_perturbed = np.array([bool(entry.perturbed) for entry in members])
+    both = has_contexts & has_perturbed
+    P1, P2, P12 = (mean(name, both) for name in ("P1", "P2", "P12"))  # each (1 + resamples, steps, layers + 1)
+    varying = np.where(1 - P12[0] < 1e-4, np.nan, 1 - P12)  # nothing varies in layer 0
+    means = {"P1": mean("P1", has_contexts), "P2": mean("P2", has_perturbed), "P12": P12, "P1-P2": P1 - P2}
+    means |= {"word_share": (P1 - P12) / varying, "context_share": (P2 - P12) / varying}
+    table = {"unrelated": contributions["unrelated"][..., curve.rows].mean(-1, dtype=np.float64)}
+    for name in MEANS:
+        table[name] = means[name][0]
+        table[f"{name}_low"], table[f"{name}_high"] = interval(means[name])
+    gain = means["word_share"] - means["word_share"][:, :1]  # above the first step's
+    gain = np.where(np.isnan(gain), -np.inf, gain)
+    table["gain"], table["peak_layer"] = gain.max(-1), gain.argmax(-1).astype(float)
+    return table
+
+
+def find_peaks(curve: Curve) -> list[np.ndarray]:
+    """Layer and height of the word share's peak above the first step, float64 (steps,), each with its interval.
+
+    NaN at the first step, which has no peak above itself, and where there are no shares.
+    """
+    known = np.isfinite(curve.table["gain"][0]) & (np.arange(curve.table["gain"].shape[1]) > 0)
+    peaks = []
+    for name in ("peak_layer", "gain"):
+        for values in (curve.table[name][0], *interval(curve.table[name])):
+            peaks.append(np.where(known, values, np.nan))
+    return peaks
+
+
+def write_csv(file: Path, header: str, rows: list[list]) -> None:
+    """Writes a table. A number that is not defined is left empty."""
+    with written_whole(file, "x", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow([*leading, "step", "layer", *names])
-        for key, table in tables.items():
-            for index, layer in np.ndindex(table[names[0]].shape):
-                values = [table[name][index, layer] for name in names]
-                numbers = ["" if np.isnan(value) else f"{value:.6f}" for value in values]
-                writer.writerow([*key, steps[index], layer, *numbers])
-    partial_file.replace(file)
+        writer.writerow(header.split(","))
+        for row in rows:
+            cells = []
+            for value in row:
+                if isinstance(value, float):
+                    value = f"{value:.6f}" if math.isfinite(value) else ""
+                cells.append(value)
+            writer.writerow(cells)
+
+
+def write_tables(
+    results: Path, steps: list[int], entries: list[Entry], curves: list[Curve], contributions: dict[str, np.ndarray]
+) -> None:
+    rows, mean_rows, peak_rows = [], [], []
+    for number, entry in enumerate(entries):
+        for index, layer in np.ndindex(contributions["P1"].shape[:2]):
+            values = [float(contributions[name][index, layer, number]) for name in COSINES]
+            rows.append([entry.word, entry.tokens, steps[index], layer, *values])
+    columns = [f"{name}{end}" for name in MEANS for end in ("", "_low", "_high")] + ["unrelated"]
+    for curve in curves:
+        for index, layer in np.ndindex(curve.table["P1"].shape):
+            values = [curve.table[name][index, layer] for name in columns]
+            mean_rows.append([curve.tokens, len(curve.rows), steps[index], layer, *values])
+        if curve.tokens != "all":
+            peaks = find_peaks(curve)
+            for index, step in enumerate(steps[1:], 1):
+                values = [float(value[index]) for value in peaks]
+                peak_rows.append([curve.tokens, len(curve.rows), step, *values])
+    write_csv(results / "perturbation.csv", f"word,tokens,step,layer,{','.join(COSINES)}", rows)
+    write_csv(results / "perturbation_mean.csv", f"tokens,words,step,layer,{','.join(columns)}", mean_rows)
+    write_csv(results / "peaks.csv", "tokens,words,step,layer,layer_low,layer_high,gain,gain_low,gain_high", peak_rows)
 
 
 def printable(text: str) -> str:
@@ -647,112 +853,204 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-def step_label(step: int) -> str:
+def name_step(step: int) -> str:
     return f"{step // 1000}k" if step and step % 1000 == 0 else str(step)
 
 
-def words_label(curve: dict) -> str:
-    fewer = [f"{name}: {curve[f'{name}_words']}" for name in ("P1", "P2") if curve[f"{name}_words"] < curve["words"]]
-    return f"{curve['words']} words" + f" ({', '.join(fewer)})" * bool(fewer)
-
-
-def layer_label(layers: int) -> str:
+def name_layer(layers: int) -> str:
     return f"layer (0 = token embedding, {layers} = after the final LayerNorm)"
+
+
+def scale_steps(axes: Axes, direction: str, steps: list[int]) -> None:
+    """Makes the "x" or "y" axis linear in log2(1 + step), with a label wherever there is room."""
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[direction]
+    set_scale = {"x": axes.set_xscale, "y": axes.set_yscale}[direction]
+    set_scale(
+        "function", functions=(lambda step: np.log2(1 + np.maximum(step, -0.5)), lambda position: 2**position - 1)
+    )
+    positions = np.log2(1 + np.array(steps))
+    labelled = [len(steps) - 1]
+    for index in reversed(range(len(steps) - 1)):
+        if positions[labelled[-1]] - positions[index] >= np.ptp(positions) / 16:
+            labelled.append(index)
+    axis.set_ticks([steps[index] for index in labelled], [name_step(steps[index]) for index in labelled])
+    axis.set_ticks(steps, minor=True)
+
+
+def group_styles(curves: list[Curve]) -> dict[int, dict]:
+    """Colour and marker of each group, by its number of tokens."""
+    groups = sorted({curve.tokens for curve in curves})
+    colours = colormaps["viridis"](np.linspace(0, 0.85, len(groups)))
+    styles = {}
+    for tokens, colour, marker in zip(groups, colours, cycle("osD^vP*X"), strict=False):
+        styles[tokens] = {"color": colour, "marker": marker, "markersize": 4}
+    return styles
 
 
 def file_name(word: str) -> str:
     """A readable file name for a word, safe on every system, and no other word's.
 
-    What is not plain lower case is marked by a digest, since systems differ in what they forbid, in whether A and a
-    are one letter, and in how they write an accent.
+    What is not plain lower case is marked by a digest, since systems differ in what they forbid, in whether A and a are
+    one letter, and in how they write an accent.
     """
     name = "".join(character if character.isalnum() or character == "-" else "_" for character in word[:40])
-    plain = re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", word) and name == word
-    return name if plain else f"{name}-{hashlib.sha256(word.encode()).hexdigest()[:8]}"
+    is_plain = re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", word) and name == word
+    return name if is_plain else f"{name}-{hashlib.sha256(word.encode()).hexdigest()[:8]}"
 
 
-def draw_profiles(file: Path, title: str, steps: list[int], curve: dict[str, np.ndarray]) -> None:
-    """P1 and P2 against layer with their floor, and with intervals where there are any; a panel a step."""
-    layers = curve["P1"].shape[1] - 1
+def make_panels(title: str, label: str, steps: list[int], layers: int) -> tuple[Figure, list[Axes]]:
+    """A figure against layer, with a panel for each step."""
     columns = min(len(steps), max(4, round(np.sqrt(1.5 * len(steps)))))
     rows = -(-len(steps) // columns)
     width, height = 1.5 + 2.2 * columns, 1.7 + 1.9 * rows
-    figure = Figure(figsize=(width, height), dpi=100)
     margins = {"left": 0.8 / width, "right": 1 - 0.2 / width, "bottom": 1.0 / height, "top": 1 - 0.65 / height}
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=margins)
-    for axes, index in zip(panels.flat, range(len(steps)), strict=False):
-        for name, style in STYLES.items():
-            axes.plot(curve[name][index], **style)
-            if f"{name}_ci_low" in curve:
-                low, high = curve[f"{name}_ci_low"][index], curve[f"{name}_ci_high"][index]
-                axes.fill_between(range(layers + 1), low, high, color=style["color"], alpha=0.25, linewidth=0)
-        axes.set_title(f"step {steps[index]}", fontsize="medium", pad=3)
+    figure = Figure(figsize=(width, height), dpi=100)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=margins)
+    panels = list(grid.flat[: len(steps)])
+    for axes, step in zip(panels, steps, strict=True):
+        axes.set_title(f"step {step}", fontsize="medium", pad=3)
         axes.grid(alpha=0.3)
-    for axes in panels.flat[len(steps) :]:
+    for axes in grid.flat[len(steps) :]:
         axes.set_axis_off()
-    for axes in panels.flat[len(steps) - columns : len(steps)]:  # the lowest of each column
+    for axes in panels[-columns:]:  # the lowest of each column
         axes.tick_params(labelbottom=True)
-    panels[0, 0].set_xticks(range(0, layers + 1, layers // 5 + 1))
-    figure.supxlabel(layer_label(layers), y=0.5 / height, fontsize="medium")
-    figure.supylabel("cosine similarity to the base sentence's last token", x=0.1 / width, fontsize="medium")
+    panels[0].set_xticks(range(0, layers + 1, layers // 5 + 1))
+    figure.supxlabel(name_layer(layers), y=0.5 / height, fontsize="medium")
+    figure.supylabel(label, x=0.1 / width, fontsize="medium")
     figure.suptitle(title, y=1 - 0.1 / height, parse_math=False)
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="lower center", ncols=len(STYLES))
-    figure.savefig(file)
+    return figure, panels
 
 
-def draw_overview(file: Path, family: str, steps: list[int], curve: dict) -> None:
-    """P1, P2 and their difference, means over all words, as heat maps of layers by steps."""
-    maps = {"P1: other contexts": curve["P1"], "P2: perturbed": curve["P2"], "P1 - P2": curve["P1 - P2"]}
-    figure = Figure(figsize=(14, 5), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(maps), sharex=True, sharey=True)
-    layers = curve["P1"].shape[1] - 1
-    lowest = np.nanmin([curve["P1"], curve["P2"], np.full_like(curve["P1"], 0.99)])
-    widest = np.nanmax(np.abs([*maps["P1 - P2"].flat, 0.01]))
-    for axes, (title, heat) in zip(panels, maps.items(), strict=True):
-        scale = {"vmin": lowest, "vmax": 1, "cmap": "viridis"}
-        if title == "P1 - P2":
+def draw_cosines(title: str, steps: list[int], table: dict[str, np.ndarray]) -> Figure:
+    """P1, P2, P12 and the floor against layer, with intervals where there are any; a panel a step."""
+    layers = table["P1"].shape[1] - 1
+    figure, panels = make_panels(title, "cosine similarity at the last token", steps, layers)
+    for index, axes in enumerate(panels):
+        for name, style in STYLES.items():
+            axes.plot(table[name][index], **style)
+            if f"{name}_low" in table:
+                low, high = table[f"{name}_low"][index], table[f"{name}_high"][index]
+                axes.fill_between(range(layers + 1), low, high, color=style["color"], alpha=0.25, linewidth=0)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=len(STYLES))
+    return figure
+
+
+def draw_shares(family: str, steps: list[int], curves: list[Curve]) -> Figure:
+    """Word share against layer, a line a number of tokens; and the context share of all words; a panel a step."""
+    layers = curves[0].table["P1"].shape[1] - 1
+    title = f"{family}: how much of what varies goes with the word, with 95 % intervals"
+    figure, panels = make_panels(title, "share of what varies at the last token", steps, layers)
+    styles = group_styles(curves[:-1])
+    for index, axes in enumerate(panels):
+        for curve in curves[:-1]:
+            label = f"word share, {name_tokens(curve.tokens)}"
+            axes.plot(curve.table["word_share"][index], label=label, **styles[curve.tokens])
+            low, high = curve.table["word_share_low"][index], curve.table["word_share_high"][index]
+            colour = styles[curve.tokens]["color"]
+            axes.fill_between(range(layers + 1), low, high, color=colour, alpha=0.2, linewidth=0)
+        label = "context share, all words"
+        axes.plot(curves[-1].table["context_share"][index], color="grey", linewidth=1, label=label)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=len(curves))
+    return figure
+
+
+def draw_peaks(family: str, steps: list[int], curves: list[Curve]) -> Figure:
+    """Height and layer of the peak of the word share against step, a line a number of tokens."""
+    figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True)
+    styles = group_styles(curves[:-1])
+    for curve in curves[:-1]:
+        layer, layer_low, layer_high, gain, gain_low, gain_high = find_peaks(curve)
+        style = styles[curve.tokens]
+        for axes, values in ((panels[0], (gain, gain_low, gain_high)), (panels[1], (layer, layer_low, layer_high))):
+            axes.plot(steps, values[0], label=f"{name_tokens(curve.tokens)} ({len(curve.rows)} words)", **style)
+            axes.fill_between(steps, *values[1:], color=style["color"], alpha=0.2, linewidth=0)
+    for axes in panels:
+        axes.set_xlabel("training step")
+        axes.grid(alpha=0.3)
+    scale_steps(panels[0], "x", steps)
+    layers = curves[0].table["P1"].shape[1] - 1
+    panels[0].set_ylabel(f"height: word share above its value at step {steps[0]}")
+    panels[1].set_ylabel(name_layer(layers))
+    panels[1].set_ylim(-0.5, layers + 0.5)
+    figure.suptitle(f"{family}: the peak of the word share, with 95 % intervals over last tokens", parse_math=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
+    return figure
+
+
+def draw_overview(family: str, steps: list[int], curve: Curve) -> Figure:
+    """Word share, context share and P1 - P2, over all words, as heat maps of layers by steps."""
+    layers = curve.table["P1"].shape[1] - 1
+    titles = {"word_share": "word share", "context_share": "context share", "P1-P2": "P1 - P2"}
+    figure = Figure(figsize=(14, 5), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(titles), sharex=True, sharey=True)
+    shares = np.stack([curve.table["word_share"], curve.table["context_share"]])
+    shares = shares[np.isfinite(shares)]
+    widest = max([0.01, *np.abs(curve.table["P1-P2"][np.isfinite(curve.table["P1-P2"])]))
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        scale = {"vmin": min([0, *shares]), "vmax": max([0.01, *shares]), "cmap": "viridis"}
+        if name == "P1-P2":
             scale = {"vmin": -widest, "vmax": widest, "cmap": "RdBu_r"}
-        image = axes.imshow(heat.T, origin="lower", aspect="auto", **scale)
+        image = axes.imshow(curve.table[name].T, origin="lower", aspect="auto", **scale)
         axes.set_title(title)
         figure.colorbar(image, ax=axes)
     labelled = range(len(steps) - 1, -1, -(len(steps) // 9 + 1))
-    panels[0].set_xticks(labelled, [step_label(steps[index]) for index in labelled])
+    panels[0].set_xticks(labelled, [name_step(steps[index]) for index in labelled])
     panels[0].set_yticks(range(0, layers + 1, layers // 10 + 1))
     figure.supxlabel("training step", fontsize="medium")
-    figure.supylabel(layer_label(layers), fontsize="medium")
-    figure.suptitle(f"{family}: cosine similarity to the base, mean over {words_label(curve)}", parse_math=False)
-    figure.savefig(file)
+    figure.supylabel(name_layer(layers), fontsize="medium")
+    figure.suptitle(f"{family}: means over all {len(curve.rows)} words", parse_math=False)
+    return figure
+
+
+def choose_words(entries: list[Entry]) -> list[int]:
+    """The rows of the entries with a figure of their own."""
+    words = [entry.word for entry in entries]
+    if isinstance(WORDS_TO_PLOT, int):
+        return np.random.default_rng(SEED).permutation(len(words))[:WORDS_TO_PLOT].tolist()
+    unknown = [word for word in WORDS_TO_PLOT if word not in words]
+    if unknown:
+        warn(f"words of WORDS_TO_PLOT that are not measured have no figure: {', '.join(unknown)}")
+    return [words.index(word) for word in dict.fromkeys(WORDS_TO_PLOT) if word in words]
 
 
 def draw_figures(
-    results: Path, steps: list[int], tables: dict[tuple[str, int], dict], curves: dict[int | str, dict]
-) -> None:
-    """Draws all figures, and removes those of an earlier run with other words."""
+    results: Path, steps: list[int], entries: list[Entry], curves: list[Curve], contributions: dict[str, np.ndarray]
+) -> list[str]:
+    """Draws all figures. Returns the names of their files."""
     family = printable(results.name)
-    by_word = {word: (length, table) for (word, length), table in tables.items()}
-    words = list(dict.fromkeys(WORDS_TO_PLOT)) if isinstance(WORDS_TO_PLOT, list) else list(by_word)
-    if isinstance(WORDS_TO_PLOT, int):
-        words = np.random.default_rng(SEED).permutation(words)[:WORDS_TO_PLOT].tolist()
-    if unknown := [word for word in words if word not in by_word]:
-        warn(f"words of WORDS_TO_PLOT that are not measured have no figure: {', '.join(unknown)}")
-        words = [word for word in words if word in by_word]
+    figures = {"overview.png": partial(draw_overview, family, steps, curves[-1])}
+    figures["shares.png"] = partial(draw_shares, family, steps, curves)
+    figures["peaks.png"] = partial(draw_peaks, family, steps, curves)
+    for curve in curves:
+        words = "words" if curve.tokens == "all" else f"words of {name_tokens(curve.tokens)}"
+        title = f"{family}: mean over {len(curve.rows)} {words}, with 95 % intervals"
+        name = "mean_all.png" if curve.tokens == "all" else f"mean_{curve.tokens}_tokens.png"
+        figures[name] = partial(draw_cosines, title, steps, curve.table)
+    for row in choose_words(entries):
+        word, tokens, *_ = entries[row]
+        title = f"{family}: {printable(word[:60])} ({name_tokens(tokens)})"
+        table = {name: contributions[name][..., row] for name in COSINES}
+        figures[f"words/{tokens}_tokens_{file_name(word)}.png"] = partial(draw_cosines, title, steps, table)
     (results / "words").mkdir(exist_ok=True)
-    for file in [*results.glob("mean_*.png"), *results.glob("words/*_tokens_*.png")]:
-        file.unlink()
-    with tqdm(total=len(curves) + len(words) + 1, desc="figures", unit="figure") as progress:
-        for length, curve in curves.items():
-            name = "all" if length == "all" else f"{length}_tokens"
-            title = f"{family}: mean over {words_label(curve)}" + f" of {tokens_name(length)}" * (length != "all")
-            draw_profiles(results / f"mean_{name}.png", title + ", with 95 % intervals", steps, curve)
-            progress.update()
-        for word in words:
-            length, table = by_word[word]
-            shown = printable(word if len(word) <= 60 else f"{word[:60]}…")
-            title = f"{family}: {shown} ({tokens_name(length)})"
-            draw_profiles(results / "words" / f"{length}_tokens_{file_name(word)}.png", title, steps, table)
-            progress.update()
-        draw_overview(results / "overview.png", family, steps, curves["all"])
-        progress.update()
+    for name, draw in tqdm(figures.items(), desc="figures", unit="figure"):
+        with written_whole(results / name, "xb") as stream:
+            draw().savefig(stream)
+    return list(figures)
+
+
+def say_answer(steps: list[int], curves: list[Curve]) -> None:
+    """Says where and when the word share peaks, by number of tokens."""
+    say(f"peak of the word share above step {steps[0]}, with 95 % intervals")
+    for curve in curves[:-1]:
+        layer, layer_low, layer_high, gain, low, high = find_peaks(curve)
+        if np.isnan(gain).all():
+            continue
+        highest, last = int(np.nanargmax(gain)), len(steps) - 1
+        for when, index in (("highest", highest), ("at the end", last)):
+            height = f"{gain[index]:.2f} [{low[index]:.2f}, {high[index]:.2f}]"
+            where = f"layer {layer[index]:.0f} [{layer_low[index]:.0f}, {layer_high[index]:.0f}]"
+            say(f"  {name_tokens(curve.tokens):9} {when:10} step {steps[index]:<7} {height} in {where}")
 
 
 def main() -> None:
@@ -760,73 +1058,90 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("family", nargs="?", help="folder of checkpoints [CHECKPOINTS_DIR, beside this script]")
-    parser.error = fail
+    parser.error = stop
     arguments = parser.parse_args()
     check_settings()
     device = choose_device()
     family = find_family(arguments.family or str(HERE / CHECKPOINTS_DIR))
     checkpoints = find_checkpoints(family)
-    config, tokenizer = read_final(checkpoints[max(checkpoints)])
-    entries = read_contexts(tokenizer, config)
-    variants, lengths = choose_variants(entries, tokenizer)
-    distinct = list({text for lists in variants.values() for kind in lists for text in kind})
-    sequences, texts = map(list, zip(*sorted(zip(encode(tokenizer, distinct), distinct, strict=True)), strict=True))
-    check_checkpoints(checkpoints, config, texts, sequences)
-    results = HERE / RESULTS_DIR / family.name
-    kept = results / "kept"
-    kept.mkdir(parents=True, exist_ok=True)
+    config, tokenizer, fingerprints = read_family(checkpoints)
+    entries, texts = choose_entries(read_contexts(), tokenizer, config)
+    start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
+    sequences = [start + text.token_ids for text in texts]
+    results, earlier_figures = open_results(family)
 
     steps = list(checkpoints)
-    row_of = {text: row for row, text in enumerate(texts)}
-    variant_rows = [[[row_of[text] for text in kind] for kind in lists] for lists in variants.values()]
-    inputs = [variant_rows, sequences, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
-    keys = contribution_keys(checkpoints, inputs)
-    missing = {step: key for step, key in keys.items() if read_kept(kept / f"step{step}.npz", key) is None}
+    shapes = dict.fromkeys(COSINES, (config.num_hidden_layers + 1, len(entries)))
+    inputs = [entries, sequences, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
+    keys = contribution_keys(checkpoints, fingerprints, inputs)
+    files = {step: results / "kept" / f"step{step}-{key}.npz" for step, key in keys.items()}
+    missing = {step: file for step, file in files.items() if read_kept(file, shapes) is None}
+    for file in (results / "kept").iterdir():
+        if RANK == 0 and re.fullmatch(r"step\d+-[0-9a-f]{16}\.npz", file.name) and file not in files.values():
+            file.unlink()
     if RANKS > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
-        torch.distributed.broadcast_object_list(seen_by_first := [missing])
-        missing = seen_by_first[0]
-    groups = [f"{np.sum(lengths == length)} of {tokens_name(length)}" for length in np.unique(lengths)]
+        missing = agree_between_ranks(missing, keys)
     say(f"family   {family}")
-    say(f"steps    {', '.join(map(step_label, steps))} ({len(missing)} of {len(steps)} to measure)")
-    say(f"words    {', '.join(groups)}; {len(texts)} sentences")
-    say(f"device   {device}, {DTYPE}" + f", {RANKS} ranks" * (RANKS > 1))
-    share = list(missing)[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS]
+    say(f"steps    {', '.join(map(name_step, steps))} ({len(missing)} of {len(steps)} to measure)")
+    for tokens, count in sorted(Counter(entry.tokens for entry in entries).items()):
+        say(f"words    {count} of {name_tokens(tokens)}")
+    say(f"texts    {len(texts)} sentences")
+    say(f"device   {device}, {DTYPE}" + (f", {RANKS} ranks" if RANKS > 1 else ""))
+    share = dict(list(missing.items())[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS])
     if share:
-        measure(checkpoints, {step: missing[step] for step in share}, kept, texts, sequences, variant_rows, device)
+        measure(checkpoints, share, sequences, texts, entries, config, device)
     if RANKS > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     if RANK > 0:
         return
 
-    arrays = [read_kept(kept / f"step{step}.npz", keys[step]) for step in steps]
-    if None in arrays:
-        fail(f"{kept} or the checkpoints changed during the run: run again")
-    contributions = {name: np.stack([array[name] for array in arrays]) for name in arrays[0]}
-    curves = mean_curves(contributions, lengths)
-    names = ("P1", "P2", "unrelated")
-    tables = {
-        (word, int(length)): {name: contributions[name][..., index] for name in names}
-        for index, (word, length) in enumerate(zip(variants, lengths, strict=True))
-    }
-    write_csv(results / "perturbation.csv", ("word", "tokens"), tables, names, steps)
-    means = {(length, curve["words"]): curve for length, curve in curves.items()}
-    write_csv(results / "perturbation_mean.csv", ("tokens", "words"), means, CURVES, steps)
-    draw_figures(results, steps, tables, curves)
+    kept = [read_kept(file, shapes) for file in files.values()]
+    if None in kept:
+        raise Problem(f"{results / 'kept'} changed during the run: run again")
+    contributions = {name: np.stack([contribution[name] for contribution in kept]) for name in shapes}
+    if len(entries) > 1:
+        warn_of_copies(steps, np.concatenate(list(contributions.values()), axis=-1))
+    curves = []
+    for tokens in [*sorted({entry.tokens for entry in entries}), "all"]:
+        rows = [row for row, entry in enumerate(entries) if tokens in (entry.tokens, "all")]
+        curves.append(Curve(tokens, np.array(rows), {}))
+        curves[-1].table.update(tabulate(contributions, curves[-1], entries))
+    write_tables(results, steps, entries, curves, contributions)
+    figures = draw_figures(results, steps, entries, curves, contributions)
+    for name in set(earlier_figures) - set(figures):
+        (results / name).unlink(missing_ok=True)
+    write_record(results, family, figures)
+    if len(steps) > 1:
+        say_answer(steps, curves)
+    else:
+        warn("a family of one checkpoint has no peaks above its first step")
     say(f"results  {results}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets an escape
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    problem = None
     try:
         with torch.inference_mode():
             main()
-    except KeyboardInterrupt:
-        print("interrupted: what was measured is kept, and the next run goes on from there", file=sys.stderr)
-        raise SystemExit(130) from None
-    except torch.OutOfMemoryError as error:
-        fail(f"{one_line(error)} Lower BATCH_TOKENS; what was measured is kept")
+    except Problem as error:
+        problem = str(error)
     except OSError as error:
-        fail(f"{error}; mend that, make room or set another RESULTS_DIR, and run again: what was measured is kept")
+        problem = f"{error}; make room, or set another RESULTS_DIR, and run again: what was measured is kept"
+    except (MemoryError, RuntimeError) as error:  # torch's errors of memory are RuntimeErrors
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        problem = (
+            f"{reason(error)}: lower BATCH_TOKENS, BOOTSTRAP_RESAMPLES; what was measured is kept"
+        )
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept, and the next run continues from there", file=sys.stderr)
+        sys.exit(130)
+    if problem:
+        print(f"error: {plain(problem)}", file=sys.stderr)
+        sys.exit(2)

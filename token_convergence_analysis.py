@@ -182,6 +182,7 @@ def check_settings() -> None:
     """Stops at the first setting that makes no sense."""
     groups_right = isinstance(GROUPS, tuple | list) and GROUPS and all(is_whole(tokens, 1) for tokens in GROUPS)
     kinds_right = isinstance(KINDS, tuple | list) and KINDS and set(KINDS) <= {"word", "recombined", "carried"}
+    device_right = isinstance(DEVICE, str) and re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", DEVICE)
     resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 10_000
     for name, right, expected in (
         ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
@@ -196,11 +197,7 @@ def check_settings() -> None:
         ("LEADING_SPACE", type(LEADING_SPACE) is bool, "True or False"),
         ("PREPEND_BOS", type(PREPEND_BOS) is bool, "True or False"),
         ("DTYPE", DTYPE in ("float32", "bfloat16", "float16"), '"float32", "bfloat16" or "float16"'),
-        (
-            "DEVICE",
-            re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", str(DEVICE)),
-            '"auto", "cpu", "cuda", "cuda:1" or "mps"',
-        ),
+        ("DEVICE", device_right, '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
         ("BATCH_TOKENS", BATCH_TOKENS is None or is_whole(BATCH_TOKENS, 1), "None or a number of at least 1"),
         ("SEED", is_whole(SEED, 0), "a number of at least 0"),
         ("BOOTSTRAP_RESAMPLES", resamples_right, "a number from 1 to 10000"),
@@ -611,7 +608,7 @@ def make_store(shape: tuple[int, int, int], device: torch.device) -> torch.Tenso
 
 
 def read_unit_states(
-    model: GPTNeoXModel, upcoming: list[Path], trees: list[Tree], texts: list[Text], store: torch.Tensor, progress: tqdm
+    model: GPTNeoXModel, upcoming: list[Path], trees: list[Tree], names: list[str], store: torch.Tensor, progress: tqdm
 ) -> None:
     """Fills store, float32 (layers + 1, texts, width), with the hidden state at each text's last token, at length 1.
 
@@ -631,10 +628,9 @@ def read_unit_states(
         wrong = ~(norms.isfinite() & (norms > 0))
         if wrong.any():
             layer, index, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
-            word = texts[tree.rows[index]].word
             raise Problem(
-                f"{folder.name}, layer {layer}: the hidden state of {word!r:.60} is not finite, or zero; fetch "
-                f'{folder} again, or set DTYPE = "float32"'
+                f"{folder.name}, layer {layer}: the hidden state of {names[tree.rows[index]]!r:.60} is not finite, or "
+                f'zero; fetch {folder} again, or set DTYPE = "float32"'
             )
         store[:, tree.rows] = (states / norms).to(store.device)
         progress.update()
@@ -710,6 +706,7 @@ def contribution_of(
 def measure(
     checkpoints: dict[int, Path],
     missing: dict[int, Path],
+    sequences: list[tuple[int, ...]],
     curves: list[Curve],
     config: GPTNeoXConfig,
     device: torch.device,
@@ -719,18 +716,18 @@ def measure(
     before = dict(zip(list(checkpoints)[1:], checkpoints, strict=False))
     needed = sorted(set(missing) | {before[step] for step in missing if step in before})
     upcoming = [checkpoints[step] for step in dict.fromkeys([final, *needed])]
-    texts = [text for curve in curves for text in curve.texts]
-    trees = prefix_trees([text.token_ids for text in texts], device)
+    names = [text.word for curve in curves for text in curve.texts]
+    trees = prefix_trees(sequences, device)
     model = build_model(config, device)
-    shape = (config.num_hidden_layers + 1, len(texts), config.hidden_size)
+    shape = (config.num_hidden_layers + 1, len(sequences), config.hidden_size)
     final_states, states, states_before = (make_store(shape, device) for _ in range(3))
     with tqdm(total=len(upcoming) * len(trees), unit="batch", disable=RANK > 0) as progress:
-        read_unit_states(model, upcoming, trees, texts, final_states, progress)
+        read_unit_states(model, upcoming, trees, names, final_states, progress)
         for step in needed:
             if step == final:
                 states = final_states
             else:
-                read_unit_states(model, upcoming, trees, texts, states, progress)
+                read_unit_states(model, upcoming, trees, names, states, progress)
             if step in missing:
                 contribution = contribution_of(states, final_states, states_before, curves, device)
                 if step not in before:
@@ -818,30 +815,28 @@ def agree_between_ranks(missing: dict[int, Path], keys: dict[int, str]) -> dict[
 
 
 def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
-    """Warns of checkpoints with the same values, bit for bit, from layer 0 up to some layer: they share weights.
+    """Warns of checkpoints that agree with an earlier one bit for bit from layer 0 upwards: they share weights.
 
     values: float (steps, layers + 1, texts).
     """
-    layers = values.shape[1] - 1
-    copies = defaultdict(list)  # (the earlier step, the last layer that is equal): the later ones
+    copies = defaultdict(list)  # (an earlier step, how many layers agree with it): the later steps
     for later in range(1, len(steps)):
-        deepest, source = -1, 0
+        depths = []  # how many layers, from 0 upwards, agree with each earlier step
         for earlier in range(later):
-            layer = -1
-            while layer < layers and np.array_equal(
-                values[earlier, layer + 1], values[later, layer + 1], equal_nan=True
+            depth = 0
+            while depth < values.shape[1] and np.array_equal(
+                values[earlier, depth], values[later, depth], equal_nan=True
             ):
-                layer += 1
-            if layer > deepest:
-                deepest, source = layer, earlier
-        if deepest >= 0:
-            copies[steps[source], deepest].append(steps[later])
-    for (source, layer), others in copies.items():
-        extent = f"up to layer {layer} of {layers}" if layer < layers else "in all layers"
-        shown = ", ".join(map(str, others[:12])) + (f" and {len(others) - 12} more" if len(others) > 12 else "")
+                depth += 1
+            depths.append(depth)
+        if max(depths) > 0:
+            copies[steps[depths.index(max(depths))], max(depths)].append(steps[later])
+    layers = values.shape[1] - 1
+    for (earlier, depth), others in copies.items():
+        extent = f"up to layer {depth - 1} of {layers}" if depth <= layers else "in all layers"
         warn(
-            f"steps {source} and {shown} have the same hidden states {extent}: they carry the same weights, so the "
-            "curves say nothing between them"
+            f"steps {earlier} and {', '.join(map(str, others))} have the same hidden states {extent}: so far they "
+            "carry the same weights, a fault of what was published; believe one of them at most"
         )
 
 
@@ -1012,7 +1007,7 @@ def group_styles(curves: list[Curve]) -> dict[int, dict]:
 
 def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> Figure:
     """The half-way step against layer, a panel a kind, a line a group; beneath it the contrasts."""
-    kinds = list(dict.fromkeys(curve.kind for curve in curves))
+    kinds = [kind for kind in KINDS if any(curve.kind == kind for curve in curves)]
     questions = {
         "carried": "Do words of more tokens settle later?\nAgainst the shortest words, all at one position",
         "word": "Is it because they are words?\nWords against recombined strings",
@@ -1040,6 +1035,7 @@ def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts:
     scale_steps(panels[0], "y", steps)
     panels[0].set_ylabel("half-way step (thin lines: checkpoints)")
     answers[0].set_yscale("log", base=2)
+    answers[0].yaxis.set_major_formatter("{x:g}")
     answers[0].set_ylabel("ratio of half-way steps")
     for axes in (panels[0], answers[0]):
         axes.set_xticks(range(0, layers + 1, layers // 8 + 1))
@@ -1054,7 +1050,7 @@ def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts:
 
 def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -> Figure:
     """One layer, every group: centred, similarity with its floor, and stability against step; a column a kind."""
-    kinds = list(dict.fromkeys(curve.kind for curve in curves))
+    kinds = [kind for kind in KINDS if any(curve.kind == kind for curve in curves)]
     labels = {
         "centred": "centred: correlation\nwith the final checkpoint",
         "similarity": "similarity: cosine\nto the final checkpoint",
@@ -1183,13 +1179,15 @@ def main() -> None:
     config, tokenizer, fingerprints = read_family(checkpoints)
     curves = choose_curves(read_words(), tokenizer, config)
     texts = [text for curve in curves for text in curve.texts]
+    start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
+    sequences = [start + text.token_ids for text in texts]
     results, earlier_figures = open_results(family)
 
     steps = list(checkpoints)
     shapes = dict.fromkeys(OF_TEXTS, (config.num_hidden_layers + 1, len(texts)))
     shapes |= dict.fromkeys(OF_CURVES, (config.num_hidden_layers + 1, len(curves)))
-    read = [[curve.tokens, curve.kind, [text.token_ids for text in curve.texts]] for curve in curves]
-    inputs = [read, PREPEND_BOS, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
+    labels = [(curve.tokens, curve.kind, len(curve.texts)) for curve in curves]
+    inputs = [labels, sequences, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
     keys = contribution_keys(checkpoints, fingerprints, inputs)
     files = {step: results / "kept" / f"step{step}-{key}.npz" for step, key in keys.items()}
     missing = {step: file for step, file in files.items() if read_kept(file, shapes) is None}
@@ -1207,7 +1205,7 @@ def main() -> None:
     # neighbours to a rank, since stability needs the checkpoint before
     share = dict(list(missing.items())[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS])
     if share:
-        measure(checkpoints, share, curves, config, device)
+        measure(checkpoints, share, sequences, curves, config, device)
     if RANKS > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()

@@ -37,9 +37,9 @@ def is_large(name: str) -> bool:
 class Fault:
     """What happens to the next `times` requests whose 'METHOD path' matches the pattern.
 
-    kind: 'status' (code, headers and answer), 'drop' (the connection ends after nine tenths of the body), 'reset' (the same by
-    a TCP reset), 'slow' (the last tenth comes after `seconds`), 'late' (all does), 'corrupt' (one byte is another),
-    'endless' (the body is followed by more, without a length), 'drip' (a byte every tenth of a second).
+    kind: 'status' (code, headers and answer), 'drop' (the connection ends after nine tenths of the body), 'reset' (the
+    same by a TCP reset), 'slow' (the last tenth comes after `seconds`), 'late' (all does), 'corrupt' (one byte is
+    another), 'endless' (after the body comes more, without a length), 'drip' (a byte every tenth of a second).
     """
 
     pattern: str

@@ -356,7 +356,7 @@ def test_what_this_script_did_not_write_is_left_alone(place, hub):
     (family(folder) / "step16").write_text("a file")
     before = snapshot(folder)
     code, out, err = run(folder, hub)
-    assert code == 2 and err.startswith("error: 5 of 5 checkpoints are not whole")
+    assert code == 2 and err.splitlines()[-1].startswith("error: 5 of 5 checkpoints are not whole")
     advice = "; put that right or move it away, and run again"
     assert state(out, 0) == state(out, 2) == "left alone: model.safetensors is not what is published" + advice
     assert state(out, 4).startswith("left alone: config.json is missing")
@@ -516,19 +516,19 @@ def test_shared_shards(place, hub):
     """A first shard that is another step's; steps that share all shards; many steps. One line each, and a short one."""
     small = {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors.index.json": b"{}"}
     first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-    for step in range(90):
-        content = b"late" if step < 86 else b"of %d" % (step // 2)
-        hub.revisions[f"step{step}"] = small | {first: content, second: content if step > 85 else b"of %d" % step}
-    folder = place(STEPS=list(range(90)), DOWNLOADS_AT_ONCE=8)
+    for step in range(20):
+        own, pair = b"own %d" % step, b"pair %d" % (step // 2)
+        shards = {first: b"late", second: own} if step < 16 else {first: pair, second: pair}
+        hub.revisions[f"step{step}"] = small | shards
     hub.faults.append(Fault("/resolve/", "status", code=403))
-    _, _, err = run(folder, hub)
+    _, _, err = run(place(STEPS=list(range(20))), hub)
     shared = [line for line in err.splitlines() if "byte for byte" in line]
     twelve = ", ".join(f"step{step}" for step in range(12))
     assert len(shared) == 3 and all(len(line) < 400 for line in shared)
-    assert shared[0].startswith(f"warning: {twelve}, 74 more share {first}, byte for byte: ")
-    assert "under 86 names" in shared[0] and "under 2 names" in shared[1]
-    assert shared[1].startswith(f"warning: step86, step87 share {first}, {second}, byte for byte: ")
-    assert shared[2].startswith(f"warning: step88, step89 share {first}, {second}, byte for byte: ")
+    assert shared[0].startswith(f"warning: {twelve}, 4 more share {first}, byte for byte: ")
+    assert "under 16 names" in shared[0] and "under 2 names" in shared[1]
+    assert shared[1].startswith(f"warning: step16, step17 share {first}, {second}, byte for byte: ")
+    assert shared[2].startswith(f"warning: step18, step19 share {first}, {second}, byte for byte: ")
 
 
 def test_killed_in_the_middle(place, hub):
@@ -588,7 +588,9 @@ def test_interrupted_with_several_downloads_running(place, hub):
 def test_interrupted_while_libraries_are_imported(place, hub):
     folder = place()
     command = [sys.executable, "-X", "importtime", str(folder / SCRIPT.name)]
-    process = subprocess.Popen(command, env=environment(folder, hub), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment(folder, hub), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while "urllib.request" not in process.stderr.readline():  # early in the library's own imports
         pass
     process.send_signal(signal.SIGINT)
@@ -741,7 +743,7 @@ ANSWERS = {
     "login page": (b"<html><body>Please log in.</body></html>", "JSONDecodeError"),
     "login page in Latin-1": (b"\xfcberall", "UnicodeDecodeError"),
     "another list": (b"[]", "TypeError"),
-    "control characters": (rb'{"id": "a", "inferenceProviderMapping": "\u001b[2J"}', "Got ?[2J"),
+    "control characters": (rb'{"id": "a", "inferenceProviderMapping": "\u001b[2J"}', "Got \ufffd[2J"),
 }
 
 
