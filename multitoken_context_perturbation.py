@@ -64,7 +64,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.lines import Line2D
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -459,7 +458,7 @@ def choose_entries(
     for fault, counts in left_out.items():
         warn(f"{counts.total()} {fault} are left out: {', '.join(f'{n} of {word}' for word, n in counts.items())}")
     if not entries:
-        raise Problem(f"{HERE / CONTEXTS_FILE}: no word is left: expected sentences that end in their word, with no stop")
+        raise Problem(f"{HERE / CONTEXTS_FILE}: no word is left: expected sentences that end in their word")
     for name, field in (("P1", "contexts"), ("P2", "perturbed")):
         lacking = [entry.word for entry in entries if not getattr(entry, field)]
         if lacking:
@@ -986,7 +985,8 @@ def draw_overview(family: str, steps: list[int], curve: Curve) -> Figure:
     panels = figure.subplots(1, len(titles), sharex=True, sharey=True)
     shares = np.stack([curve.table["word_share"], curve.table["context_share"]])
     shares = shares[np.isfinite(shares)]
-    widest = max([0.01, *np.abs(curve.table["P1-P2"][np.isfinite(curve.table["P1-P2"])]))
+    differences = curve.table["P1-P2"][np.isfinite(curve.table["P1-P2"])]
+    widest = max([0.01, *np.abs(differences)])
     for axes, (name, title) in zip(panels, titles.items(), strict=True):
         scale = {"vmin": min([0, *shares]), "vmax": max([0.01, *shares]), "cmap": "viridis"}
         if name == "P1-P2":
@@ -1136,9 +1136,7 @@ if __name__ == "__main__":
     except (MemoryError, RuntimeError) as error:  # torch's errors of memory are RuntimeErrors
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
-        problem = (
-            f"{reason(error)}: lower BATCH_TOKENS, BOOTSTRAP_RESAMPLES; what was measured is kept"
-        )
+        problem = f"{reason(error)}: lower BATCH_TOKENS, BOOTSTRAP_RESAMPLES; what was measured is kept"
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, and the next run continues from there", file=sys.stderr)
         sys.exit(130)
