@@ -129,13 +129,13 @@ def explain(error: Exception) -> str:
     elif isinstance(error, errors.OfflineModeIsEnabled):
         text = "offline mode is on: unset HF_HUB_OFFLINE"
     elif isinstance(error, BrokenPipeError):
-        text = "what this script prints goes to a program that has ended: run it again without that"
+        text = "the program that this output goes to has ended: run again without it"
     elif getattr(error, "errno", None) in (EDQUOT, EFBIG, ENOSPC):
         text = f"the disk is full ({os.strerror(error.errno)}): make room and run again"
     elif is_transient(error):
         text = f"the connection to {hub} failed ({text}): check the network, HF_ENDPOINT and the proxy"
     elif isinstance(error, (LookupError, TypeError, UnicodeError, json.JSONDecodeError)):
-        text = f"something between here and {hub} answers in its place ({text}): a login page, the proxy, a mirror?"
+        text = f"something between here and {hub} answers in its place ({text}): look for a login page or a proxy"
     return one_line(text)
 
 
@@ -172,24 +172,28 @@ def weight_files(names: Collection[str]) -> list[str]:
             first = re.fullmatch(rf"{stem}-00001-of-([0-9]{{5}})\.{kind}", name)
             if first:
                 numbered = [f"{stem}-{number:05}-of-{first[1]}.{kind}" for number in range(1, int(first[1]) + 1)]
-                shards += numbered if all(shard in names for shard in numbered) else []
+                if all(shard in names for shard in numbered):
+                    shards += numbered
         if index in names and shards:
             return [index, *shards]
     return []
 
 
 def is_checkable(size: object, published: object) -> bool:
-    """Whether a file can be compared with this size and hash: sha256, for small files the sha1 that git takes."""
+    """Whether a file can be compared with what is published of it: not everyone lists a size and a hash."""
     return type(size) is int and size >= 0 and bool(re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(published)))
 
 
 def look_up(step: int) -> tuple[str, dict[str, list]]:
     """The commit of a revision and the files {name: [bytes, hash]} to fetch of it."""
-    info = HfApi().model_info(MODEL_ID, revision=f"step{step}", files_metadata=True)
+    # In a thread: the library's own limit would begin again with every byte that arrives.
+    job = ThreadPoolExecutor(1).submit(HfApi().model_info, MODEL_ID, revision=f"step{step}", files_metadata=True)
+    info = job.result(timeout=TIMEOUT)
     published = {file.rfilename: file for file in info.siblings or []}
     weights = weight_files(published)
     lacking = [name for name in SMALL_FILES[:2] if name not in published]
-    lacking += [] if weights else ["weights"]
+    if not weights:
+        lacking.append("weights")
     if lacking:
         raise Failure(f"carries no {' and no '.join(lacking)}")
     files = {}
@@ -202,13 +206,8 @@ def look_up(step: int) -> tuple[str, dict[str, list]]:
                 file = get_hf_file_metadata(hf_hub_url(MODEL_ID, name, revision=info.sha))
                 files[name] = [file.size, file.etag]
             if not is_checkable(*files[name]):
-                raise Failure(f"no size or no checksum of {name} is to be learned from {constants.ENDPOINT}")
+                raise Failure(f"{constants.ENDPOINT} gives no size or no checksum of {name}")
     return info.sha, files
-
-
-def look_up_in_time(step: int) -> tuple[str, dict[str, list]]:
-    """look_up(step), given up after TIMEOUT: the library's own limits begin again with every byte that arrives."""
-    return ThreadPoolExecutor(1).submit(look_up, step).result(timeout=TIMEOUT)
 
 
 def report_shared(published: dict[int, dict[str, list]]) -> None:
@@ -230,6 +229,7 @@ def report_shared(published: dict[int, dict[str, list]]) -> None:
 
 
 def hash_of(path: Path, digits: int) -> str:
+    """The sha256 of a file, which has 64 digits, or the sha1 that git takes, which has 40."""
     with path.open("rb") as file:
         return sha_fileobj(file).hex() if digits == 64 else git_hash(file.read())
 
@@ -255,7 +255,7 @@ def recorded(checkpoint: Path) -> dict[str, list]:
         record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
         model, files = record["model"], record["files"]
         right = record["revision"] == checkpoint.name and all(is_checkable(*file) for file in files.values())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except Exception:  # whatever is wrong with it, it is no record
         return {}
     if model != MODEL_ID:
         raise Failure(f"{checkpoint} is a checkpoint of {model}, not of {MODEL_ID}: set another CHECKPOINTS_DIR")
@@ -301,14 +301,14 @@ def remove_fragments(folder: Path) -> None:
 
 
 class Bar(tqdm):
-    """The library's progress bar, but named, for several downloads run at once; ends a body longer than published."""
+    """The library's progress bar, but named, since several downloads run at once; ends a body that is too long."""
 
     def __init__(self, step: int, name: str, size: int, **settings: Any) -> None:
         task = settings["desc"].partition(": ")[2]  # Xet's two bars have one; before it can be the end of a signed link
         self.name, self.left = name, math.inf if task else size  # Xet checks what it receives, and counts otherwise
         super().__init__(**settings | {"desc": f"step{step} {name} {task}".strip(), "disable": None, "position": None})
 
-    def update(self, received: float | None = 1) -> bool | None:
+    def update(self, received: float = 1) -> bool | None:
         self.left -= received
         if self.left < 0:
             raise Failure(f"{self.name} is longer than published: suspect the mirror or the proxy")
@@ -402,14 +402,14 @@ def run() -> None:
     plan, lacking = {}, []
     for step in missing:
         try:
-            plan[step] = with_retries(look_up_in_time, step)
+            plan[step] = with_retries(look_up, step)
             published[step] = plan[step][1]
         except Exception as error:
             states[step] = explain(error)
             lacking.append(f"step{step} ({states[step]})")
             busy = isinstance(error, errors.HfHubHTTPError) and error.response.status_code >= 500
             if not busy and not isinstance(error, (Failure, errors.RevisionNotFoundError)):
-                names = listed([f"step{step}" for step in missing])  # their look-ups would end the same
+                names = listed([f"step{step}" for step in missing])  # whose look-ups would end the same
                 raise Failure(f"{states[step]}; not whole yet: {names}") from error
     if lacking:
         warn(f"not available from {MODEL_ID}: {', '.join(lacking)}")

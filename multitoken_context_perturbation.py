@@ -42,7 +42,6 @@ import inspect
 import json
 import math
 import re
-import shutil
 import sys
 import tempfile
 import zipfile
@@ -421,7 +420,7 @@ def choose_entries(
     for word, entry in contexts.items():
         ending = token_ids[f" {word}"]
         base, *others = entry["sentences"]
-        if token_ids[base][-len(ending) :] != ending:
+        if not ending or token_ids[base][-len(ending) :] != ending:
             left_out["words whose base does not end in them"][word] += 1
             continue
         seen = {token_ids[base]}
@@ -436,7 +435,7 @@ def choose_entries(
                 seen.add(token_ids[text])
         for text in entry["replaced_sentences"]:
             last_word = token_ids[f" {text.split()[-1]}"]
-            if token_ids[text][-1] != ending[-1]:
+            if token_ids[text][-1:] != ending[-1:]:
                 left_out["perturbed versions that do not end in their word's last token"][word] += 1
             elif token_ids[text][-len(ending) :] == ending:
                 left_out["perturbed versions that keep their word"][word] += 1
@@ -552,15 +551,11 @@ def read_ahead(folder: Path) -> None:
 
 def make_store(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
     """Room for the unit states of a checkpoint: in the GPU's memory if it has plenty, else in a temporary file."""
-    needed, folder = 4 * math.prod(shape), HERE / RESULTS_DIR
-    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cuda" and 4 * math.prod(shape) < torch.cuda.mem_get_info(device)[0] / 2:
         return torch.empty(shape, device=device)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise Problem(f"{folder}: hidden states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room")
-    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (the memory map outlives this function)
+    file = tempfile.TemporaryFile(dir=HERE / RESULTS_DIR, buffering=0)  # noqa: SIM115 (the memory map outlives this)
     for _ in range(shape[0]):
-        file.write(bytes(needed // shape[0]))  # a full disk is an error here; later, it would kill the process
+        file.write(bytes(4 * shape[1] * shape[2]))  # a full disk is an error here; later, it would kill the process
     return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
 
@@ -574,7 +569,10 @@ def read_unit_states(
     """
     folder = upcoming.pop(0)
     progress.set_description(folder.name)
-    load_weights(model, read_weights(folder))
+    try:
+        load_weights(model, read_weights(folder))
+    except (Problem, RuntimeError, OSError) as error:  # it was whole at the start
+        raise Problem(f"{folder} changed during the run ({reason(error)}): fetch it again, and run again") from None
     for following in upcoming[:1]:
         Thread(target=read_ahead, args=[following], daemon=True).start()
     for tree in trees:
@@ -901,8 +899,8 @@ def make_panels(title: str, label: str, steps: list[int], layers: int) -> tuple[
     """A figure against layer, with a panel for each step."""
     columns = min(len(steps), max(4, round(np.sqrt(1.5 * len(steps)))))
     rows = -(-len(steps) // columns)
-    width, height = 1.5 + 2.2 * columns, 1.7 + 1.9 * rows
-    margins = {"left": 0.8 / width, "right": 1 - 0.2 / width, "bottom": 1.0 / height, "top": 1 - 0.65 / height}
+    width, height = 1.5 + 2.2 * columns, 1.9 + 1.9 * rows
+    margins = {"left": 0.8 / width, "right": 1 - 0.2 / width, "bottom": 1.2 / height, "top": 1 - 0.65 / height}
     figure = Figure(figsize=(width, height), dpi=100)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=margins)
     panels = list(grid.flat[: len(steps)])
@@ -914,7 +912,7 @@ def make_panels(title: str, label: str, steps: list[int], layers: int) -> tuple[
     for axes in panels[-columns:]:  # the lowest of each column
         axes.tick_params(labelbottom=True)
     panels[0].set_xticks(range(0, layers + 1, layers // 5 + 1))
-    figure.supxlabel(name_layer(layers), y=0.5 / height, fontsize="medium")
+    figure.supxlabel(name_layer(layers), y=0.7 / height, fontsize="medium")
     figure.supylabel(label, x=0.1 / width, fontsize="medium")
     figure.suptitle(title, y=1 - 0.1 / height, parse_math=False)
     return figure, panels
@@ -949,7 +947,7 @@ def draw_shares(family: str, steps: list[int], curves: list[Curve]) -> Figure:
             axes.fill_between(range(layers + 1), low, high, color=colour, alpha=0.2, linewidth=0)
         label = "context share, all words"
         axes.plot(curves[-1].table["context_share"][index], color="grey", linewidth=1, label=label)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=len(curves))
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=3)
     return figure
 
 
@@ -970,7 +968,7 @@ def draw_peaks(family: str, steps: list[int], curves: list[Curve]) -> Figure:
     scale_steps(panels[0], "x", steps)
     layers = curves[0].table["P1"].shape[1] - 1
     panels[0].set_ylabel(f"height: word share above its value at step {steps[0]}")
-    panels[1].set_ylabel(name_layer(layers))
+    panels[1].set_ylabel(f"layer of the peak, of {layers}")
     panels[1].set_ylim(-0.5, layers + 0.5)
     figure.suptitle(f"{family}: the peak of the word share, with 95 % intervals over last tokens", parse_math=False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves))
@@ -1078,7 +1076,7 @@ def main() -> None:
     missing = {step: file for step, file in files.items() if read_kept(file, shapes) is None}
     for file in (results / "kept").iterdir():
         if RANK == 0 and re.fullmatch(r"step\d+-[0-9a-f]{16}\.npz", file.name) and file not in files.values():
-            file.unlink()
+            file.unlink(missing_ok=True)
     if RANKS > 1:
         missing = agree_between_ranks(missing, keys)
     say(f"family   {family}")
@@ -1121,7 +1119,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets an escape
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -42,7 +42,6 @@ import inspect
 import json
 import math
 import re
-import shutil
 import sys
 import tempfile
 import zipfile
@@ -68,6 +67,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -181,7 +181,8 @@ def is_whole(value: object, least: int) -> bool:
 def check_settings() -> None:
     """Stops at the first setting that makes no sense."""
     groups_right = isinstance(GROUPS, tuple | list) and GROUPS and all(is_whole(tokens, 1) for tokens in GROUPS)
-    kinds_right = isinstance(KINDS, tuple | list) and KINDS and set(KINDS) <= {"word", "recombined", "carried"}
+    kinds_right = isinstance(KINDS, tuple | list) and KINDS and all(KINDS.count(kind) == 1 for kind in KINDS)
+    kinds_right = kinds_right and all(kind in ("word", "recombined", "carried") for kind in KINDS)
     device_right = isinstance(DEVICE, str) and re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", DEVICE)
     resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 10_000
     for name, right, expected in (
@@ -271,7 +272,7 @@ def read_words() -> dict[str, float]:
     words = read_json(file, 'an object {"word": frequency, ...}')
     unusable = []
     for word, frequency in words.items():
-        frequency_right = type(frequency) in (int, float) and 0 < frequency < math.inf
+        frequency_right = type(frequency) in (int, float) and 0 < frequency <= sys.float_info.max
         if not is_text(word) or word.split() != [word] or not frequency_right:
             unusable.append(f"{word!r}: {frequency!r:.40}")
     if unusable:
@@ -488,10 +489,10 @@ def choose_curves(words: dict[str, float], tokenizer: Tokenizer, config: GPTNeoX
     strings = [" " + word if LEADING_SPACE else word for word in words]
     all_texts = []
     for word, token_ids in zip(words, encode(tokenizer, strings), strict=True):
-        all_texts.append(Text(word, words[word], token_ids))
+        all_texts.append(Text(word, float(words[word]), token_ids))
     decoded = set(tokenizer.decode_batch([text.token_ids for text in all_texts]))
     (carrier,) = encode(tokenizer, [CARRIER])
-    curves, stop = [], 0
+    curves, end = [], 0
     for tokens, group in draw_words(all_texts).items():
         for kind in KINDS:
             texts = group
@@ -503,8 +504,12 @@ def choose_curves(words: dict[str, float], tokenizer: Tokenizer, config: GPTNeoX
                 if len(carrier) < tokens:
                     raise Problem(f"CARRIER has {len(carrier)} tokens, too few for words of {name_tokens(tokens)}")
                 texts = [text._replace(token_ids=carrier[tokens - 1 :] + text.token_ids) for text in group]
-            start, stop = stop, stop + len(texts)
-            curves.append(Curve(tokens, kind, texts, slice(start, stop), {}))
+            start, end = end, end + len(texts)
+            curves.append(Curve(tokens, kind, texts, slice(start, end), {}))
+    if not curves:
+        raise Problem(
+            'KINDS: words of 1 token cannot be recombined; add "word" or "carried", or longer words to GROUPS'
+        )
     longest = max(len(text.token_ids) for curve in curves for text in curve.texts) + PREPEND_BOS
     if longest > config.max_position_embeddings:
         raise Problem(
@@ -595,15 +600,11 @@ def read_ahead(folder: Path) -> None:
 
 def make_store(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
     """Room for the unit states of a checkpoint: in the GPU's memory if it has plenty, else in a temporary file."""
-    needed, folder = 4 * math.prod(shape), HERE / RESULTS_DIR
-    if device.type == "cuda" and needed < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cuda" and 4 * math.prod(shape) < torch.cuda.mem_get_info(device)[0] / 2:
         return torch.empty(shape, device=device)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise Problem(f"{folder}: hidden states take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free: make room")
-    file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (the memory map outlives this function)
+    file = tempfile.TemporaryFile(dir=HERE / RESULTS_DIR, buffering=0)  # noqa: SIM115 (the memory map outlives this)
     for _ in range(shape[0]):
-        file.write(bytes(needed // shape[0]))  # a full disk is an error here; later, it would kill the process
+        file.write(bytes(4 * shape[1] * shape[2]))  # a full disk is an error here; later, it would kill the process
     return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
 
 
@@ -617,7 +618,10 @@ def read_unit_states(
     """
     folder = upcoming.pop(0)
     progress.set_description(folder.name)
-    load_weights(model, read_weights(folder))
+    try:
+        load_weights(model, read_weights(folder))
+    except (Problem, RuntimeError, OSError) as error:  # it was whole at the start
+        raise Problem(f"{folder} changed during the run ({reason(error)}): fetch it again, and run again") from None
     for following in upcoming[:1]:
         Thread(target=read_ahead, args=[following], daemon=True).start()
     for tree in trees:
@@ -1032,10 +1036,17 @@ def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts:
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_title(question, fontsize="medium")
         axes.grid(alpha=0.3)
-    scale_steps(panels[0], "y", steps)
+    bounds = np.concatenate([np.ravel(interval(curve.table["half_way"])) for curve in curves])
+    bounds = bounds[np.isfinite(bounds)]
+    first = max((step for step in steps if step <= min(bounds, default=0)), default=steps[0])
+    last = min((step for step in steps if step >= max(bounds, default=steps[-1])), default=steps[-1])
+    scale_steps(panels[0], "y", [step for step in steps if first <= step <= last])
+    panels[0].set_ylim(first, last)
     panels[0].set_ylabel("half-way step (thin lines: checkpoints)")
-    answers[0].set_yscale("log", base=2)
+    answers[0].set_yscale("log")
+    answers[0].yaxis.set_major_locator(MaxNLocator(6))
     answers[0].yaxis.set_major_formatter("{x:g}")
+    answers[0].yaxis.set_minor_formatter("")
     answers[0].set_ylabel("ratio of half-way steps")
     for axes in (panels[0], answers[0]):
         axes.set_xticks(range(0, layers + 1, layers // 8 + 1))
@@ -1191,6 +1202,9 @@ def main() -> None:
     keys = contribution_keys(checkpoints, fingerprints, inputs)
     files = {step: results / "kept" / f"step{step}-{key}.npz" for step, key in keys.items()}
     missing = {step: file for step, file in files.items() if read_kept(file, shapes) is None}
+    for file in (results / "kept").iterdir():
+        if RANK == 0 and re.fullmatch(r"step\d+-[0-9a-f]{16}\.npz", file.name) and file not in files.values():
+            file.unlink(missing_ok=True)
     if RANKS > 1:
         missing = agree_between_ranks(missing, keys)
     say(f"family   {family}")
@@ -1243,7 +1257,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets an escape
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -33,7 +33,7 @@ INITIAL_STD = (2 / (5 * WIDTH)) ** 0.5  # GPT-NeoX's "small init" (Nguyen & Sala
 # training
 BATCH, LENGTH = 32, 32  # sequences in a step, tokens predicted in a sequence
 CANDIDATES = 512  # tokens drawn for the softmax of a step, at most; the tokens to predict are added to them
-LEARNING_RATE = 1e-2  # at its peak, after a linear warm-up over a twentieth of the steps; falls linearly to zero
+LEARNING_RATE = 1e-2  # reached in the first twentieth of the steps, held, and lowered to zero over the last two fifths
 HELD_OUT = 8_192  # tokens at the end of the text that are not trained on: the loss is measured on them
 SEED = 0
 # ------------------------------------------------------------------------------
@@ -84,12 +84,12 @@ def train(family: Path, last_step: int) -> tuple[float, float]:
 
     Returns the cross-entropy on the held-out text, over all tokens that the text has, at step 0 and at the last step.
     """
-    torch.set_num_threads(1)  # the matrices are too small to gain from more, and the sums are the same everywhere
+    torch.set_num_threads(1)  # the matrices are too small to gain from more, and the order of sums would depend on it
     torch.manual_seed(SEED)
     shutil.rmtree(family, ignore_errors=True)
     family.mkdir(parents=True)
-    # A text's token is from here on its index into `vocabulary`, about a third of all tokens. Only their rows of the
-    # two embedding matrices are trained: the optimizer would spend most of its time on the others.
+    # From here on a token is its index in `vocabulary`, the third of all tokens that the text has. Only their rows of
+    # the two embedding matrices are trained, which saves time; those of the other tokens stay as they were drawn.
     vocabulary, text, counts = text_tokens().unique(return_inverse=True, return_counts=True)
     held_out, text = text[-HELD_OUT:].view(-1, LENGTH), text[:-HELD_OUT]
     model = untrained_model()
@@ -97,13 +97,13 @@ def train(family: Path, last_step: int) -> tuple[float, float]:
     rows_in, rows_out = (matrix[vocabulary].requires_grad_() for matrix in matrices)
     parameters = [rows_in, rows_out, *model.gpt_neox.layers.parameters(), *model.gpt_neox.final_layer_norm.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    warm_up = max(1, last_step // 20)
+    warm_up, cool_down = max(1, last_step // 20), 2 / 5 * last_step
     scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (last_step - step) / (last_step - warm_up + 1))
+        optimizer, lambda step: min((step + 1) / warm_up, 1, (last_step - step) / cool_down)
     )
-    # Sampled softmax (Jean et al. 2015, arXiv:1412.2007): a token is drawn with a probability that grows with its
-    # frequency to the power of 0.75; subtracting the log of the probability that it takes part in a step, drawn or to
-    # be predicted, from its logit makes up for all the tokens that do not.
+    # Sampled softmax (Jean et al. 2015, arXiv:1412.2007): a step's softmax runs over the tokens that it predicts and
+    # over others that are drawn, in proportion to frequency^0.75. The log of a token's chance to take part in a step is
+    # subtracted from its logit, so that on average the sum over those that do is the sum over all.
     frequency = counts.double() / counts.sum()
     drawn = (CANDIDATES * frequency**0.75 / (frequency**0.75).sum()).clamp(max=1)
     log_share = torch.log(1 - (1 - drawn) * (1 - frequency) ** (BATCH * LENGTH)).float()
@@ -143,7 +143,7 @@ def train(family: Path, last_step: int) -> tuple[float, float]:
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         scheduler.step()
-        progress.set_postfix(loss=f"{loss.item():.2f}")
+        progress.set_postfix(sampled_loss=f"{loss.item():.2f}")  # below the full cross-entropy
         if step & (step - 1) == 0 or step == last_step:
             save(step)
     return first_loss, held_out_loss()
@@ -151,7 +151,7 @@ def train(family: Path, last_step: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Trains a miniature of Pythia and saves its history.")
-    parser.add_argument("minutes", nargs="?", type=int, default=MINUTES, help=f"of training ({MINUTES})")
+    parser.add_argument("minutes", nargs="?", type=int, default=MINUTES, help=f"of training; {MINUTES} if left out")
     minutes = parser.parse_args().minutes
     if minutes < 1:
         parser.error("at least one minute")

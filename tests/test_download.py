@@ -780,7 +780,7 @@ def test_standard_output_that_is_closed(place, hub):
     command = [sys.executable, str(folder / SCRIPT.name)]
     done = subprocess.run(command, env=environment(folder, hub), stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert done.returncode == 2 and done.stderr.startswith("error: what this script prints goes to a program that has")
+    assert done.returncode == 2 and done.stderr.startswith("error: the program that this output goes to has ended")
     assert len(done.stderr.splitlines()) == 1
 
 
