@@ -128,7 +128,7 @@ class Entry(NamedTuple):
 
 class Curve(NamedTuple):
     tokens: int | str  # of each word, or "all"
-    rows: np.ndarray  # int (words,): its entries among all
+    rows: list[int]  # its entries among all
     table: dict[str, np.ndarray]  # what is found: see tabulate
 
 
@@ -683,7 +683,7 @@ def open_results(family: Path) -> tuple[Path, list[str]]:
     (results / "kept").mkdir(parents=True, exist_ok=True)
     record = results / "kept" / "run.json"
     if not record.exists():
-        return results, []
+        record_run(results, family, [])
     earlier = read_json(record, "the record of an earlier run; delete it")
     if earlier.get("family") != str(family):
         raise Problem(
@@ -693,7 +693,8 @@ def open_results(family: Path) -> tuple[Path, list[str]]:
     return results, earlier.get("figures", [])
 
 
-def write_record(results: Path, family: Path, figures: list[str]) -> None:
+def record_run(results: Path, family: Path, figures: list[str]) -> None:
+    """Writes down whose results are in a folder, and which figures in it are ours."""
     with written_whole(results / "kept" / "run.json", "x", encoding="utf-8") as stream:
         json.dump({"family": str(family), "figures": figures}, stream)
 
@@ -740,14 +741,16 @@ def resample(last_tokens: list[int], seed: int) -> np.ndarray:
     """How often each text counts, float64 (1 + BOOTSTRAP_RESAMPLES, texts).
 
     Once each in row 0, which gives the estimate. In the others as often as its last token was drawn, from all last
-    tokens with replacement: words that end in the same token are not independent.
+    tokens with replacement: words that end in the same token are not independent. From one last token alone nothing can
+    be drawn: NaN.
     """
     _, clusters = np.unique(last_tokens, return_inverse=True)
     count = clusters.max() + 1
     rng = np.random.default_rng([SEED, seed])
     counts = [np.ones(count)]
     for _ in range(BOOTSTRAP_RESAMPLES):
-        counts.append(np.bincount(rng.integers(count, size=count), minlength=count))
+        draw = np.bincount(rng.integers(count, size=count), minlength=count)
+        counts.append(draw if count > 1 else np.full(1, np.nan))
     return np.stack(counts)[:, clusters]
 
 
@@ -768,20 +771,21 @@ def tabulate(contributions: dict[str, np.ndarray], curve: Curve, entries: list[E
     contributions: COSINES, (steps, layers + 1, words) each. P1 and P2 are means over the words that have them; P12, the
     difference and the shares over those that have both.
     """
-    members = [entries[row] for row in curve.rows]
-    weights = resample([entry.last_token for entry in members], 0 if curve.tokens == "all" else curve.tokens)
+    with_contexts = [row for row in curve.rows if entries[row].contexts]
+    with_perturbed = [row for row in curve.rows if entries[row].perturbed]
+    with_both = [row for row in with_contexts if entries[row].perturbed]
 
-    def mean(name: str, known: np.ndarray) -> np.ndarray:
-        with np.errstate(invalid="ignore"):
-            sums = np.tensordot(weights[:, known], contributions[name][..., curve.rows[known]], (1, 2))
-            return sums / weights[:, known].sum(1)[:, None, None]
+    def mean(name: str, rows: list[int]) -> np.ndarray:  # (1 + resamples, steps, layers + 1)
+        if not rows:
+            return np.full((1 + BOOTSTRAP_RESAMPLES, *contributions[name].shape[:2]), np.nan)
+        seed = 0 if curve.tokens == "all" else curve.tokens
+        weights = resample([entries[row].last_token for row in rows], seed)
+        sums = np.tensordot(weights, contributions[name][..., rows], (1, 2))
+        return sums / weights.sum(1)[:, None, None]
 
-    has_contexts = np.array([bool(entry.contexts) for entry in members])
-    has_perturbed = np.array([bool(entry.perturbed) for entry in members])
-    both = has_contexts & has_perturbed
-    P1, P2, P12 = (mean(name, both) for name in ("P1", "P2", "P12"))  # each (1 + resamples, steps, layers + 1)
+    P1, P2, P12 = (mean(name, with_both) for name in ("P1", "P2", "P12"))
     varying = np.where(1 - P12[0] < 1e-4, np.nan, 1 - P12)  # nothing varies in layer 0
-    means = {"P1": mean("P1", has_contexts), "P2": mean("P2", has_perturbed), "P12": P12, "P1-P2": P1 - P2}
+    means = {"P1": mean("P1", with_contexts), "P2": mean("P2", with_perturbed), "P12": P12, "P1-P2": P1 - P2}
     means |= {"word_share": (P1 - P12) / varying, "context_share": (P2 - P12) / varying}
     table = {"unrelated": contributions["unrelated"][..., curve.rows].mean(-1, dtype=np.float64)}
     for name in MEANS:
@@ -789,7 +793,8 @@ def tabulate(contributions: dict[str, np.ndarray], curve: Curve, entries: list[E
         table[f"{name}_low"], table[f"{name}_high"] = interval(means[name])
     gain = means["word_share"] - means["word_share"][:, :1]  # above the first step's
     gain = np.where(np.isnan(gain), -np.inf, gain)
-    table["gain"], table["peak_layer"] = gain.max(-1), gain.argmax(-1).astype(float)
+    table["gain"] = gain.max(-1)
+    table["peak_layer"] = np.where(np.isfinite(table["gain"]), gain.argmax(-1), np.nan)
     return table
 
 
@@ -1043,6 +1048,7 @@ def say_answer(steps: list[int], curves: list[Curve]) -> None:
     for curve in curves[:-1]:
         layer, layer_low, layer_high, gain, low, high = find_peaks(curve)
         if np.isnan(gain).all():
+            say(f"  {name_tokens(curve.tokens):9} none: no word has both contexts and perturbed versions")
             continue
         highest, last = int(np.nanargmax(gain)), len(steps) - 1
         for when, index in (("highest", highest), ("at the end", last)):
@@ -1098,18 +1104,18 @@ def main() -> None:
     if None in kept:
         raise Problem(f"{results / 'kept'} changed during the run: run again")
     contributions = {name: np.stack([contribution[name] for contribution in kept]) for name in shapes}
-    if len(entries) > 1:
+    if len({entry.last_token for entry in entries}) > 1:  # else all cosines are 1 in layer 0
         warn_of_copies(steps, np.concatenate(list(contributions.values()), axis=-1))
     curves = []
     for tokens in [*sorted({entry.tokens for entry in entries}), "all"]:
         rows = [row for row, entry in enumerate(entries) if tokens in (entry.tokens, "all")]
-        curves.append(Curve(tokens, np.array(rows), {}))
+        curves.append(Curve(tokens, rows, {}))
         curves[-1].table.update(tabulate(contributions, curves[-1], entries))
     write_tables(results, steps, entries, curves, contributions)
     figures = draw_figures(results, steps, entries, curves, contributions)
     for name in set(earlier_figures) - set(figures):
         (results / name).unlink(missing_ok=True)
-    write_record(results, family, figures)
+    record_run(results, family, figures)
     if len(steps) > 1:
         say_answer(steps, curves)
     else:

@@ -49,8 +49,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import partial
+from functools import partial, reduce
 from itertools import cycle
+from operator import and_
 from pathlib import Path
 from threading import Thread
 from typing import IO, NamedTuple, NoReturn
@@ -409,34 +410,40 @@ def name_tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
 
 
+def frequency_bin(text: Text) -> int:
+    """A bin is a quarter of a power of ten wide."""
+    return math.floor(4 * math.log10(text.frequency))
+
+
 def match_frequencies(groups: dict[int, list[Text]]) -> dict[int, list[Text]]:
     """Takes equally many words of each frequency from every group: as many as the poorest has in each bin.
 
-    A bin is a quarter of a power of ten wide. While fewer than MIN_GROUP_SIZE words can be matched, the smallest group
-    is left out. Within a bin the words are taken in the order of their group.
+    While fewer than MIN_GROUP_SIZE words can be matched, a group is left out, the one without which most can. Within a
+    bin the words are taken in the order of their group.
     """
-    while True:
-        bins = {}  # bin: the words that each group has in it
-        for tokens, texts in groups.items():
-            for text in texts:
-                frequency_bin = math.floor(4 * math.log10(text.frequency))
-                bins.setdefault(frequency_bin, {tokens: [] for tokens in groups})[tokens].append(text)
-        room = [min(map(len, of_group.values())) for of_group in bins.values()]
-        if sum(room) >= MIN_GROUP_SIZE:
-            break
-        smallest = min(groups, key=lambda tokens: len(groups[tokens]))
+    counts = {tokens: Counter(map(frequency_bin, texts)) for tokens, texts in groups.items()}
+    room = reduce(and_, counts.values())  # bin: the least count of all groups
+    while room.total() < MIN_GROUP_SIZE:
+        room_without = {}
+        for tokens in counts:
+            room_without[tokens] = reduce(and_, [counts[other] for other in counts if other != tokens])
+        worst = max(counts, key=lambda tokens: room_without[tokens].total())
         warn(
-            f"{WORDS_FILE} has {len(groups[smallest])} words of {name_tokens(smallest)}, too few to match the other "
-            "groups in frequency: left out; add such words, or set MATCH_FREQUENCY = False"
+            f"the words of {name_tokens(worst)} in {WORDS_FILE} do not match the other groups in frequency: left out; add "
+            "words that do, or set MATCH_FREQUENCY = False"
         )
-        groups = {tokens: texts for tokens, texts in groups.items() if tokens != smallest}
-    if WORDS_PER_GROUP is not None and sum(room) > WORDS_PER_GROUP:
-        ends = np.cumsum([0, *room]) * WORDS_PER_GROUP // sum(room)  # so rounded, they add up to WORDS_PER_GROUP
-        room = np.diff(ends)
-    matched = {tokens: [] for tokens in groups}
-    for count, of_group in zip(room, bins.values(), strict=True):
-        for tokens, texts in of_group.items():
-            matched[tokens] += texts[:count]
+        room = room_without[worst]
+        del counts[worst]
+    if WORDS_PER_GROUP is not None and room.total() > WORDS_PER_GROUP:
+        ends = np.cumsum([0, *room.values()]) * WORDS_PER_GROUP // room.total()  # so rounded, they add up to it
+        room = dict(zip(room, np.diff(ends), strict=True))
+    matched = {}
+    for tokens in counts:
+        left, matched[tokens] = Counter(room), []
+        for text in groups[tokens]:
+            if left[frequency_bin(text)] > 0:
+                left[frequency_bin(text)] -= 1
+                matched[tokens].append(text)
     return matched
 
 
@@ -489,7 +496,7 @@ def choose_curves(words: dict[str, float], tokenizer: Tokenizer, config: GPTNeoX
     strings = [" " + word if LEADING_SPACE else word for word in words]
     all_texts = []
     for word, token_ids in zip(words, encode(tokenizer, strings), strict=True):
-        all_texts.append(Text(word, float(words[word]), token_ids))
+        all_texts.append(Text(word, words[word], token_ids))
     decoded = set(tokenizer.decode_batch([text.token_ids for text in all_texts]))
     (carrier,) = encode(tokenizer, [CARRIER])
     curves, end = [], 0
@@ -791,7 +798,7 @@ def open_results(family: Path) -> tuple[Path, list[str]]:
     (results / "kept").mkdir(parents=True, exist_ok=True)
     record = results / "kept" / "run.json"
     if not record.exists():
-        return results, []
+        record_run(results, family, [])
     earlier = read_json(record, "the record of an earlier run; delete it")
     if earlier.get("family") != str(family):
         raise Problem(
@@ -801,7 +808,8 @@ def open_results(family: Path) -> tuple[Path, list[str]]:
     return results, earlier.get("figures", [])
 
 
-def write_record(results: Path, family: Path, figures: list[str]) -> None:
+def record_run(results: Path, family: Path, figures: list[str]) -> None:
+    """Writes down whose results are in a folder, and which figures in it are ours."""
     with written_whole(results / "kept" / "run.json", "x", encoding="utf-8") as stream:
         json.dump({"family": str(family), "figures": figures}, stream)
 
@@ -848,14 +856,16 @@ def resample(last_tokens: list[int], seed: int) -> np.ndarray:
     """How often each text counts, float64 (1 + BOOTSTRAP_RESAMPLES, texts).
 
     Once each in row 0, which gives the estimate. In the others as often as its last token was drawn, from all last
-    tokens with replacement: words that end in the same token are not independent.
+    tokens with replacement: words that end in the same token are not independent. From one last token alone nothing can
+    be drawn: NaN.
     """
     _, clusters = np.unique(last_tokens, return_inverse=True)
     count = clusters.max() + 1
     rng = np.random.default_rng([SEED, seed])
     counts = [np.ones(count)]
     for _ in range(BOOTSTRAP_RESAMPLES):
-        counts.append(np.bincount(rng.integers(count, size=count), minlength=count))
+        draw = np.bincount(rng.integers(count, size=count), minlength=count)
+        counts.append(draw if count > 1 else np.full(1, np.nan))
     return np.stack(counts)[:, clusters]
 
 
@@ -876,7 +886,8 @@ def half_way_steps(centred: np.ndarray, steps: list[int]) -> tuple[np.ndarray, n
     where there are none; and the index of the checkpoint before each, int.
     """
     first = centred[:, :1]
-    progress = (centred - first) / (1 - first)
+    with np.errstate(invalid="ignore", divide="ignore"):  # the first checkpoint may be a copy of the final one
+        progress = (centred - first) / (1 - first)
     upwards = (progress[:, :-1] < 0.5) & (progress[:, 1:] >= 0.5)
     index = len(steps) - 2 - upwards[:, ::-1].argmax(1)  # of the last crossing
     before = np.take_along_axis(progress, index[:, None], 1)[:, 0]
@@ -950,7 +961,8 @@ def write_tables(results: Path, steps: list[int], curves: list[Curve], contrasts
             values = [curve.table[name][index, layer] for name in columns.split(",")]
             rows.append([*label, len(curve.texts), steps[index], layer, *values])
         for text in curve.texts:
-            text_rows.append([*label, text.word, text.frequency, " ".join(map(str, text.token_ids))])
+            frequency = "" if math.isnan(text.frequency) else str(text.frequency)
+            text_rows.append([*label, text.word, frequency, " ".join(map(str, text.token_ids))])
         if "half_way" in curve.table:
             half_way = curve.table["half_way"]
             for layer, (low, high) in enumerate(zip(*interval(half_way), strict=True)):
@@ -1165,10 +1177,14 @@ def say_answer(curves: list[Curve], contrasts: list[Contrast]) -> None:
     shown = sorted({0, middle, layers})
     say("half-way step [95 % interval]" + "".join(f"{f'layer {layer}':>24}" for layer in shown))
     for curve in curves:
-        values, (low, high) = curve.table["half_way"][0], interval(curve.table["half_way"])
-        cells = [f"{values[layer]:.0f} [{low[layer]:.0f}, {high[layer]:.0f}]" for layer in shown]
-        say(f"  {name_tokens(curve.tokens):9} {curve.kind:17}" + "".join(f"{cell:>24}" for cell in cells))
-    say(f"ratios of half-way steps in layer {middle}")
+        line = f"  {name_tokens(curve.tokens):9} {curve.kind:17}"
+        for layer in shown:
+            half_way = curve.table["half_way"][:, layer]
+            low, high = interval(half_way)
+            line += f"{f'{half_way[0]:.0f} [{low:.0f}, {high:.0f}]' if np.isfinite(half_way[0]) else 'none':>24}"
+        say(line)
+    if contrasts:
+        say(f"ratio of half-way steps [95 % interval] in layer {middle}")
     for curve, other, ratio in contrasts:
         low, high = interval(ratio[:, middle])
         verdict = "later" if low > 1 else "earlier" if high < 1 else "no difference shown"
@@ -1239,7 +1255,7 @@ def main() -> None:
         "words": [text.word for text in texts],
         "tokens": [curve.tokens for curve in curves for _ in curve.texts],
         "kind": [curve.kind for curve in curves for _ in curve.texts],
-        "frequency": [text.frequency for text in texts],
+        "frequency": [float(text.frequency) for text in texts],
         "steps": steps,
         "similarity": contributions["similarity"],
     }
@@ -1247,7 +1263,7 @@ def main() -> None:
     figures = draw_figures(results, steps, curves, contrasts)
     for name in set(earlier_figures) - set(figures):
         (results / name).unlink(missing_ok=True)
-    write_record(results, family, figures)
+    record_run(results, family, figures)
     if len(steps) > 1:
         say_answer(curves, contrasts)
     else:

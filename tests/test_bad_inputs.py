@@ -1,31 +1,57 @@
 """Bad inputs to the three scripts: each ends a run with exit code 2 and one line that says what is wrong and where.
 
-A row of a table is a case: what is bad, and parts of the line that the user reads.
+A row of the table CASES is a case: what is bad, and parts of the line that the user reads. After it come what is odd and
+no error, and what goes wrong during a run. A script runs in a process of its own. Most are forked from one that has
+imported the libraries, since a new Python takes four seconds for that; where the start itself matters, it is a new one.
 """
 
+import csv
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import resource
+import runpy
+import shlex
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_convergence import ONE_TOKEN, edit_config, link, write
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import multitoken_context_perturbation as sibling  # noqa: E402
+import token_convergence_analysis as script  # noqa: E402
+
 CONVERGENCE, PERTURBATION = "token_convergence_analysis.py", "multitoken_context_perturbation.py"
 DOWNLOAD = "download_checkpoints.py"
+RESULTS = {CONVERGENCE: "convergance_plots", PERTURBATION: "multitoken_words_plots"}
+TABLE = {CONVERGENCE: "convergence.csv", PERTURBATION: "perturbation.csv"}
 BOS = "<|endoftext|>"
 WORDS, CONTEXTS = "words_list.json", "multitoken_words_contexts.json"
-EASY = json.dumps(dict.fromkeys(ONE_TOKEN, 1)).encode()
-INPUTS = {WORDS: EASY, CONTEXTS: b'{"ledge": {"sentences": ["It was a ledge", "This is a ledge"]}}'}
+TWO_TOKENS = ["lighthouse", "unicorn", "unarmed", "panda"]
+LEDGE = {
+    "sentences": ["It was a ledge", "This is a ledge"],
+    "replaced_sentences": ["It was a pledge"],
+}
+INPUTS = {WORDS: json.dumps(dict.fromkeys(ONE_TOKEN, 1)).encode(), CONTEXTS: json.dumps({"ledge": LEDGE}).encode()}
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["matplotlib.figure", "safetensors.torch", "torch.distributed", "transformers.models.gpt_neox.modeling_gpt_neox"]
+)
 
 
 @dataclass
@@ -37,6 +63,13 @@ class Case:
     spoil: Callable[[Path], object] = lambda family: None  # the family of steps 0 and 32
     arguments: tuple[str, ...] = ("family",)
     kilobytes: int | None = None  # that a file may have, which stands for a full disk
+    megabytes: int | None = None  # of memory that the script may add to what the libraries take
+
+
+class Run(NamedTuple):
+    code: int | None
+    out: str
+    err: str
 
 
 def settings(script: str, *rows: tuple[str, object, str]) -> dict[str, Case]:
@@ -78,6 +111,17 @@ def final(name: str, content: bytes | None) -> Callable[[Path], None]:
     return spoil
 
 
+def pipe(name: str) -> Callable[[Path], None]:
+    """A file of the final checkpoint, or an input beside the script, is a named pipe, to which nobody writes."""
+
+    def spoil(family: Path) -> None:
+        file = family / name
+        file.unlink()
+        os.mkfifo(file)
+
+    return spoil
+
+
 def weights(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
     """The tensors of step 0 are changed."""
 
@@ -105,9 +149,22 @@ def pickled(content: object) -> Callable[[Path], None]:
     return spoil
 
 
+def pickled_weights(change: Callable[[torch.Tensor], torch.Tensor], **how: bool) -> Callable[[Path], None]:
+    """The weights of step 0 are a pickle, in which the token embedding is changed."""
+
+    def spoil(family: Path) -> None:
+        file = family / "step0" / "model.safetensors"
+        content = load_file(file)
+        content["gpt_neox.embed_in.weight"] = change(content["gpt_neox.embed_in.weight"])
+        file.unlink()
+        torch.save(content, family / "step0" / "pytorch_model.bin", **how)
+
+    return spoil
+
+
 def without_steps(family: Path) -> None:
     for folder in list(family.iterdir()):
-        folder.rename(family / f"{folder.name}.partial")
+        folder.rename(family / f"of_{folder.name}")
 
 
 def cut_weights(family: Path) -> None:
@@ -121,16 +178,32 @@ def folder_of_weights(family: Path) -> None:
     file.mkdir()
 
 
+def several_faults(family: Path) -> None:
+    cut_weights(family)
+    for step in (1, 2):
+        (family / f"step{step}").mkdir()
+    edit_config(family / "step0", model_type="gpt_neox")
+    write(family / "step2" / "config.json", (family / "step0" / "config.json").read_bytes())
+
+
 def forget_everything(tokenizer: dict) -> None:
     tokenizer["model"] |= {"vocab": {}, "merges": []}
 
 
+def know_one_word(tokenizer: dict) -> None:
+    tokenizer["model"] = {"type": "WordLevel", "vocab": {BOS: 0, "time": 1}, "unk_token": "nothing"}
+
+
 def index(content: bytes) -> Callable[[Path], None]:
     def spoil(family: Path) -> None:
-        (family / "step0" / "model.safetensors").unlink()
+        (family / "step0" / "model.safetensors").rename(family / "elsewhere.safetensors")
         write(family / "step0" / "model.safetensors.index.json", content)
 
     return spoil
+
+
+def index_of(file: str) -> Callable[[Path], None]:
+    return index(json.dumps({"weight_map": {"gpt_neox.embed_in.weight": file}}).encode())
 
 
 def tokenizer(change: Callable[[dict], object]) -> Callable[[Path], None]:
@@ -141,6 +214,14 @@ def tokenizer(change: Callable[[dict], object]) -> Callable[[Path], None]:
             write(family / step / "tokenizer.json", json.dumps(content).encode())
 
     return spoil
+
+
+def words(*names: str) -> dict[str, bytes]:
+    return {WORDS: json.dumps(dict.fromkeys(names, 1)).encode()}
+
+
+def contexts(**entries: object) -> bytes:
+    return json.dumps(entries).encode()
 
 
 CASES = {
@@ -173,125 +254,219 @@ CASES = {
         ("GROUPS", (0, 1), "numbers of tokens"),
         ("GROUPS", 4, "numbers of tokens"),
         ("GROUPS", ("1",), "numbers of tokens"),
-        ("WORDS_PER_GROUP", 1, "None or a number of at least 2"),
-        ("WORDS_PER_GROUP", 2.5, "None or a number of at least 2"),
-        ("MIN_GROUP_SIZE", 0, "at least 2"),
+        ("KINDS", (), 'some of ("word", "recombined", "carried")'),
+        ("KINDS", "word", 'some of ("word", "recombined", "carried")'),
+        ("KINDS", ("word", "words"), 'some of ("word", "recombined", "carried")'),
+        ("KINDS", ("word", ["carried"]), 'some of ("word", "recombined", "carried")'),
+        ("KINDS", ("word", "word"), 'some of ("word", "recombined", "carried")'),
+        ("CARRIER", " ", "the opening of a sentence"),
+        ("CARRIER", 3, "the opening of a sentence"),
+        ("MATCH_FREQUENCY", None, "True or False"),
+        ("WORDS_PER_GROUP", 3, "None or a number of at least 4"),
+        ("WORDS_PER_GROUP", 4.5, "None or a number of at least 4"),
+        ("MIN_GROUP_SIZE", 3, "at least 4"),
         ("LEADING_SPACE", "no", "True or False"),
         ("PREPEND_BOS", 1, "True or False"),
         ("DTYPE", "float8", '"bfloat16"'),
-        ("DTYPE", None, '"bfloat16"'),
+        ("DTYPE", ["float32"], '"bfloat16"'),
         ("DEVICE", "abacus", '"cpu"'),
         ("DEVICE", "meta", '"cpu"'),
         ("DEVICE", "cuda:99", '"cpu"'),
         ("DEVICE", 0, '"cpu"'),
-        ("BATCH_TOKENS", -1, "at least 1"),
-        ("BATCH_TOKENS", 1e3, "at least 1"),
+        ("BATCH_TOKENS", 0, "None or a number of at least 1"),
+        ("BATCH_TOKENS", 1e3, "None or a number of at least 1"),
         ("SEED", -1, "at least 0"),
-        ("BOOTSTRAP_RESAMPLES", 0, "from 1 to 100000"),
-        ("BOOTSTRAP_RESAMPLES", 10**12, "from 1 to 100000"),
+        ("BOOTSTRAP_RESAMPLES", 0, "from 1 to 10000"),
+        ("BOOTSTRAP_RESAMPLES", 10_001, "from 1 to 10000"),
     ),
     **settings(
         PERTURBATION,
         ("CONTEXTS_FILE", "", "the name of a file"),
+        ("SAME_LENGTH", 1, "True or False"),
         ("WORDS_TO_PLOT", -1, "at least 0"),
+        ("WORDS_TO_PLOT", True, "at least 0"),
         ("WORDS_TO_PLOT", ["ledge", 7], "list of words"),
         ("WORDS_TO_PLOT", "ledge", "list of words"),
         ("DTYPE", "int8", '"bfloat16"'),
-        ("BATCH_TOKENS", 0, "at least 1"),
+        ("BATCH_TOKENS", -1, "None or a number of at least 1"),
         ("SEED", True, "at least 0"),
+        ("BOOTSTRAP_RESAMPLES", 10**12, "from 1 to 10000"),
     ),
     **inputs(
         *(CONVERGENCE, WORDS),
-        no_words_file=(None, ["cannot be read", '{"word":']),
-        words_are_no_json=(b'{"one": 1,\n "two": 2,\n three}', ["line 3", "not JSON", '{"word":']),
-        words_are_a_list=(b'["one", "two"]', ["line 1", "list", "expected an object"]),
-        words_are_empty=(b"{}", ["line 1", "empty", "expected an object"]),
-        words_are_an_empty_file=(b"", ["line 1", "not JSON"]),
-        words_in_utf_16=('{"naïve": 1}'.encode("utf-16"), ["not JSON", "codec"]),
-        words_in_latin_1=('{"naïve": 1}'.encode("latin-1"), ["not JSON", "codec"]),
-        words_nested_without_end=(b"[" * 100_000, ["not JSON"]),
-        a_frequency_of_5000_digits=(b'{"a": %s}' % (b"9" * 5000), ["not JSON", "digits"]),
-        unusable_words=(
-            json.dumps({"a": 1, "two words": 1, "": 1, "text": "often", "\ud800": 1, "yes": True}).encode(),
-            ["'two words': 1", "'': 1", "'text': 'often'", "ud800", "'yes': True"],
+        no_words_file=(None, ["is not there", '{"word":']),
+        words_are_no_json=(b'{"one": 1,\n "two": 2,\n three}', ["not the JSON", "line 3", '{"word":']),
+        words_are_a_list=(b'["one", "two"]', ["found a list", "expected an object"]),
+        words_are_empty=(b"{}", ["found an empty object", "expected an object"]),
+        words_are_an_empty_file=(b"", ["not the JSON", "line 1"]),
+        words_in_utf_16=('{"naïve": 1}'.encode("utf-16"), ["not the JSON", "codec"]),
+        words_in_latin_1=('{"naïve": 1}'.encode("latin-1"), ["not the JSON", "codec"]),
+        words_nested_without_end=(b"[" * 100_000, ["not the JSON", "recursion"]),
+        words_that_stand_there_twice=(b'{"a": 1, "the": 2, "a": 3}', ["'a' stands there 2 times"]),
+        a_frequency_of_5000_digits=(b'{"a": %s}' % (b"9" * 5000), ["not the JSON", "digits"]),
+        a_frequency_of_400_digits=(b'{"a": 1%s}' % (b"0" * 400), ["frequencies", "'a': 1000"]),
+        frequencies_that_are_none=(
+            b'{"a": 0, "b": -1, "c": NaN, "d": Infinity, "e": 1e400, "f": true}',
+            ["found 6 others", "'a': 0", "'b': -1", "'c': nan", "'d': inf", "'e': inf"],
         ),
-        too_few_words=(b'{"a": 1, "the": 1}', ["MIN_GROUP_SIZE = 10"]),
+        unusable_words=(
+            json.dumps({"time": 1, "two words": 1, "": 1, "text": "often", "\ud800": 1, "\x1b[31m": None}).encode(),
+            ["'two words': 1", "'': 1", "'text': 'often'", "ud800", r"'\x1b[31m': None"],
+        ),
+        too_few_words=(b'{"a": 1, "the": 1}', ["MIN_GROUP_SIZE = 10", "add words"]),
     ),
     **inputs(
         *(PERTURBATION, CONTEXTS),
-        no_contexts_file=(None, ["cannot be read", '"sentences": [...]']),
-        contexts_are_no_json=(b'{"noodle": {\n"sentences": [,]}}', ["line 2", "not JSON"]),
+        no_contexts_file=(None, ["is not there", '"sentences": [...]']),
+        contexts_are_no_json=(b'{"noodle": {\n"sentences": [,]}}', ["line 2", "not the JSON"]),
         contexts_are_a_number=(b"7", ["found a int", "expected an object"]),
-        an_entry_is_a_list=(b'{"ledge": ["a ledge", "the ledge"]}', ["mend or remove", "'ledge'"]),
-        one_sentence_only=(b'{"ledge": {"sentences": ["a ledge"]}}', ["'ledge' needs a list of 2 or more sentences"]),
-        a_sentence_is_a_number=(
-            b'{"ledge": {"sentences": ["a ledge", 7]}}',
-            ["'ledge' has sentences that are no text"],
+        contexts_that_stand_there_twice=(
+            b'{"ledge": {"sentences": ["a ledge", "the ledge"], "sentences": []}}',
+            ["'sentences' stands there 2 times"],
+        ),
+        unusable_entries=(
+            contexts(
+                ledge=["a ledge", "the ledge"],
+                one={"sentences": ["only one"]},
+                none={},
+                number={"sentences": ["a number", 7]},
+                text={"sentences": "a text"},
+                blank={"sentences": ["a blank", "the blank"], "replaced_sentences": [" "]},
+                nothing={"sentences": ["a nothing", "the nothing"], "replaced_sentences": None},
+                **{" ": LEDGE, "\x1b[31m\r": None},
+            ),
+            [
+                "correct or remove 9 entries",
+                "'ledge' is no word with an object",
+                "'one' needs a list of 2 or more sentences",
+                "'none' needs a list of 2 or more sentences",
+                "'number' has sentences that are no text",
+                "'text' needs a list of 2 or more sentences",
+                "'blank' has replaced_sentences that are no text",
+                "'nothing' needs a list of 0 or more replaced_sentences",
+                "' ' is no word",
+                r"'\x1b[31m\r' is no word",
+            ],
         ),
         sentences_end_with_a_stop=(
-            b'{"ledge": {"sentences": ["It was a ledge.", "This is a ledge."]}}',
-            ["no word is left", "end in their word, without a stop"],
+            contexts(ledge={"sentences": ["It was a ledge.", "This is a ledge."]}),
+            ["no word is left", "end in their word"],
+        ),
+        a_sentence_longer_than_the_model=(
+            contexts(ledge={"sentences": ["It was a ledge", "and " * 300 + "a ledge"]}),
+            ["'and and and", "256 positions"],
         ),
     ),
     "words_longer_than_the_model": Case(
-        *(CONVERGENCE, ["300 tokens", "256 positions", "change GROUPS"], {"GROUPS": (300,), "MIN_GROUP_SIZE": 2}),
-        {WORDS: json.dumps({"q-" * 150: 1, "q-" * 149 + "r-": 1}).encode()},
+        *(CONVERGENCE, ["longest text has 301 tokens", "256 positions", "change GROUPS"]),
+        {"GROUPS": (300,), "MIN_GROUP_SIZE": 4, "KINDS": ("word",)},
+        words(*("q-" * 149 + f"{letter}-" for letter in "qrst")),
     ),
+    "carrier_is_too_short": Case(
+        *(CONVERGENCE, ["CARRIER has 1 tokens", "words of 2 tokens"]),
+        {"GROUPS": (2,), "MIN_GROUP_SIZE": 4, "CARRIER": "The"},
+        words(*TWO_TOKENS),
+    ),
+    "every_recombination_is_a_word": Case(
+        *(CONVERGENCE, [WORDS, "no way to recombine the words of 2 tokens", 'take "recombined" out of KINDS']),
+        {"GROUPS": (2,), "MIN_GROUP_SIZE": 4},
+        words("unicorn", "unarmed", "unnoticed", "unborn"),
+    ),
+    "nothing_to_recombine": Case(CONVERGENCE, ["KINDS", "recombine"], {"KINDS": ("recombined",)}),
     "no_family": Case(CONVERGENCE, ["absent", "`python download_checkpoints.py`"], arguments=("absent",)),
     "no_family_of_contexts": Case(PERTURBATION, ["absent", "`python tests/miniature.py`"], arguments=("absent",)),
+    "a_family_that_a_terminal_would_obey": Case(CONVERGENCE, [r"no\x1b[31m\rfamily"], arguments=("no\x1b[31m\rfamily",)),
+    "a_family_whose_name_is_too_long": Case(CONVERGENCE, ["xxx"], arguments=("x" * 300,)),
+    "the_root_is_no_family": Case(CONVERGENCE, ["/", "step0"], arguments=("/",)),
     "unknown_option": Case(CONVERGENCE, ["unrecognized arguments: --nonsense"], arguments=("family", "--nonsense")),
     "two_families": Case(PERTURBATION, ["unrecognized arguments"], arguments=("family", "family")),
     "steps_as_arguments": Case(DOWNLOAD, ["unrecognized arguments: 0"], arguments=("0",)),
     **families(
-        empty_family=(without_steps, ["no checkpoint", "step0"]),
+        empty_family=(without_steps, ["holds no checkpoint", "step0"]),
+        a_step_is_a_file=(lambda family: write(family / "step7", b""), ["step7 is no folder", "remove"]),
+        the_last_step_leads_nowhere=(
+            lambda family: (family / "step64").symlink_to("gone"),
+            ["step64 is no folder", "fetch"],
+        ),
+        several_checkpoints=(
+            several_faults,
+            ["step0: model.safetensors", "step1/config.json is not there", "step2: it has no weights"],
+        ),
         no_config=(final("config.json", None), ["step32", "config.json", "fetch"]),
         config_is_no_json=(final("config.json", b'{"model_type": '), ["step32", "config.json"]),
-        config_is_a_list=(final("config.json", b"[]"), ["step32", "config.json", "expected gpt_neox"]),
+        config_is_a_list=(final("config.json", b"[]"), ["step32", "config.json", "found a list"]),
+        config_is_a_pipe=(pipe("step32/config.json"), ["step32", "config.json", "no file"]),
         another_architecture=(config(model_type="gpt2"), ["step32", "gpt2", "expected gpt_neox"]),
         width_is_a_word=(config(hidden_size="wide"), ["step32", "hidden_size"]),
-        width_is_huge=(config(hidden_size=10**12), ["step0", "overflow", "1000000000000"]),
-        no_heads=(config(num_attention_heads=0), ["step32", "config.json"]),
-        heads_do_not_divide_the_width=(
-            config(num_attention_heads=7),
-            ["step32", "config.json", "number of attention heads"],
-        ),
-        a_million_layers=(config(num_hidden_layers=10**6), ["step0", "1000000 layers"]),
-        no_layers=(config(num_hidden_layers=0), ["step0", "0 layers"]),
-        minus_one_layer=(config(num_hidden_layers=-1), ["step0", "-1 layers"]),
-        small_vocabulary=(config(vocab_size=10), ["step32", "10 tokens only"]),
+        width_is_huge=(config(hidden_size=10**12), ["step32", "1000000000000"]),
+        no_heads=(config(num_attention_heads=0), ["step32"]),
+        heads_do_not_divide_the_width=(config(num_attention_heads=7), ["step32", "number of attention heads"]),
+        a_million_layers=(config(num_hidden_layers=10**6), ["step32", "1000000 layers"]),
+        three_layers_of_six=(config(num_hidden_layers=3), ["step32", "no place for", "such as layers.3."]),
+        no_layers=(config(num_hidden_layers=0), ["step32", "0 layers"]),
+        minus_one_layer=(config(num_hidden_layers=-1), ["step32", "-1 layers"]),
+        no_biases=(config(attention_bias=False), ["step32", "no place for", "bias"]),
+        small_vocabulary=(config(vocab_size=10), ["step32", "knows 10 only"]),
         no_positions=(config(max_position_embeddings=0), ["0 positions"]),
-        unknown_activation=(config(hidden_act="gelatine"), ["step0", "found no 'gelatine'"]),
+        unknown_activation=(config(hidden_act="gelatine"), ["step32", "gelatine"]),
         no_tokenizer=(final("tokenizer.json", None), ["step32", "tokenizer.json", "fetch"]),
-        tokenizer_is_no_json=(final("tokenizer.json", b"not JSON"), ["step32", "tokenizer.json"]),
+        tokenizer_is_no_json=(final("tokenizer.json", b"not JSON"), ["step32"]),
+        tokenizer_is_a_pipe=(pipe("step32/tokenizer.json"), ["step32", "tokenizer.json"]),
         tokenizer_without_bos=(
             tokenizer(lambda content: (content["added_tokens"].pop(0), content["model"]["vocab"].pop(BOS))),
             [BOS, "PREPEND_BOS = False"],
         ),
         tokenizer_that_reads_nothing=(tokenizer(forget_everything), ["MIN_GROUP_SIZE = 10"]),
+        tokenizer_that_knows_one_word=(tokenizer(know_one_word), ["tokenizer cannot read", "fetch"]),
         weights_are_not_numbers=(weights(lambda tensor: tensor * torch.nan), ["step0", "not finite", "fetch"]),
         weights_are_infinite=(weights(lambda tensor: tensor + torch.inf), ["step0", "not finite", "fetch"]),
         weights_are_zero=(weights(torch.zeros_like), ["step0", "or zero", "fetch"]),
-        weights_are_whole_numbers=(weights(torch.Tensor.int), ["step0", "int32", "floating point"]),
-        weights_are_flat=(weights(torch.Tensor.flatten), ["step0", "expected floating point"]),
+        weights_are_whole_numbers=(weights(torch.Tensor.int), ["step0", "floating point"]),
+        weights_are_flat=(weights(torch.Tensor.flatten), ["step0", "size mismatch"]),
         weights_are_cut=(cut_weights, ["step0", "model.safetensors"]),
         weights_are_noise=(final("model.safetensors", bytes(range(256)) * 99), ["step32", "model.safetensors"]),
+        weights_are_empty=(final("model.safetensors", b""), ["step32", "model.safetensors"]),
         weights_are_a_folder=(folder_of_weights, ["step0", "no weights"]),
+        weights_are_a_pipe=(pipe("step32/model.safetensors"), ["step32", "no weights"]),
         pickle_is_a_list=(pickled([1, 2]), ["step0", "pytorch_model.bin"]),
-        pickle_holds_words=(
-            pickled({"embed_in.weight": "none"} | dict.fromkeys("abcdef", 0)),
-            ["step0", "lack the tensor embed_in.weight"],
-        ),
+        pickle_holds_words=(pickled({"embed_in.weight": "none"} | dict.fromkeys("abcdef", 0)), ["step0", "expected torch.Tensor"]),
         pickle_would_run_a_command=(pickled(Harm()), ["step0", "pytorch_model.bin"]),
-        index_without_files=(index(b"{}"), ["step0", "model.safetensors.index.json: found no 'weight_map'"]),
+        pickle_is_sparse=(pickled_weights(torch.Tensor.to_sparse), ["step0"]),
+        pickle_is_of_no_device=(pickled_weights(lambda tensor: tensor.to("meta")), ["step0"]),
+        index_without_files=(index(b"{}"), ["step0", "model.safetensors.index.json"]),
         index_is_no_json=(index(b"{"), ["step0", "model.safetensors.index.json"]),
-        index_names_a_file_that_is_not_there=(index(b'{"weight_map": {"a": "b.safetensors"}}'), ["step0", "b.saf"]),
+        index_of_a_list=(index(b'{"weight_map": ["a"]}'), ["step0"]),
+        index_of_a_number=(index(b'{"weight_map": {"a": 7}}'), ["step0"]),
+        index_names_a_file_that_is_not_there=(index_of("b.safetensors"), ["step0", "b.safetensors"]),
+        index_leads_out_of_the_folder=(index_of("../elsewhere.safetensors"), ["step0", "../elsewhere.safetensors"]),
+        index_names_a_path=(index_of("/etc/hostname"), ["step0", "/etc/hostname"]),
+    ),
+    "words_are_a_pipe": Case(CONVERGENCE, [WORDS, "no file"], spoil=pipe(f"../{WORDS}")),
+    "contexts_are_a_pipe": Case(PERTURBATION, [CONTEXTS, "no file"], spoil=pipe(f"../{CONTEXTS}")),
+    "contexts_that_the_tokenizer_cannot_read": Case(
+        PERTURBATION, ["tokenizer cannot read", "fetch"], spoil=tokenizer(know_one_word)
+    ),
+    "contexts_that_the_tokenizer_reads_as_nothing": Case(
+        PERTURBATION, ["no word is left"], spoil=tokenizer(forget_everything)
     ),
     "results_are_a_file": Case(CONVERGENCE, ["Not a directory", "RESULTS_DIR"], {"RESULTS_DIR": WORDS}),
     "results_are_a_file_of_contexts": Case(PERTURBATION, ["Not a directory", "RESULTS_DIR"], {"RESULTS_DIR": CONTEXTS}),
-    "disk_is_full": Case(CONVERGENCE, ["File too large", "make room"], kilobytes=1),
-    "disk_is_full_of_contexts": Case(PERTURBATION, ["File too large", "make room"], kilobytes=1),
+    "disk_is_full": Case(CONVERGENCE, ["File too large", "make room"], kilobytes=3),
+    "disk_is_full_of_contexts": Case(PERTURBATION, ["File too large", "make room"], kilobytes=3),
     "results_on_a_read_only_system": Case(
         CONVERGENCE, ["/sys/results", "another RESULTS_DIR"], {"RESULTS_DIR": "/sys/results"}
+    ),
+    "no_memory_for_a_batch": Case(
+        *(CONVERGENCE, ["memory", "lower BATCH_TOKENS"]),
+        {"BATCH_TOKENS": 10**6, "WORDS_PER_GROUP": None, "KINDS": ("word",), "MATCH_FREQUENCY": False},
+        {WORDS: (ROOT / WORDS).read_bytes()},
+        megabytes=500,
+    ),
+    "no_memory_for_the_intervals": Case(
+        *(CONVERGENCE, ["emory", "lower", "BOOTSTRAP_RESAMPLES"]),
+        {"BOOTSTRAP_RESAMPLES": 10_000, "WORDS_PER_GROUP": 4000, "KINDS": ("word",), "GROUPS": (1, 2)},
+        {WORDS: (ROOT / WORDS).read_bytes()},
+        megabytes=500,
     ),
 }
 
@@ -311,32 +486,72 @@ def place(folder: Path, miniature: Path, case: Case) -> Path:
     return folder
 
 
-def run(folder: Path, case: Case) -> subprocess.CompletedProcess:
-    command = [sys.executable, case.script, *case.arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    if case.kilobytes is not None:
-        command = ["bash", "-c", f'ulimit -f {case.kilobytes}; exec "$@"', "bash", *command]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+def run_script(
+    file: Path, arguments: tuple[str, ...], environment: dict[str, str], kilobytes: int | None, megabytes: int | None
+) -> None:
+    """Makes this process that of a script: its output goes to out.txt and err.txt beside the script's folder."""
+    os.chdir(file.parent)
+    for number, name in ((1, "out.txt"), (2, "err.txt")):
+        os.dup2(os.open(file.parents[1] / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if kilobytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
+    if megabytes is not None:
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + megabytes * 1024**2, taken + megabytes * 1024**2))
+    sys.argv = [str(file), *arguments]
+    runpy.run_path(str(file), run_name="__main__")
 
 
-@pytest.fixture(scope="module")
-def runs(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, Future]]]:
-    """A folder and a run for each case, two at a time."""
-    folder = tmp_path_factory.mktemp("cases")
-    with ThreadPoolExecutor(2) as pool:
-        places = {name: place(folder / str(number), miniature, CASES[name]) for number, name in enumerate(CASES)}
-        yield {name: (place, pool.submit(run, place, CASES[name])) for name, place in places.items()}
+def start(folder: Path, case: Case, **environment: str) -> BaseProcess:
+    arguments = (folder / case.script, case.arguments, environment, case.kilobytes, case.megabytes)
+    process = FORKSERVER.Process(target=run_script, args=arguments)
+    process.start()
+    return process
+
+
+def finish(process: BaseProcess, folder: Path) -> Run:
+    process.join(60)
+    process.kill()
+    out, err = ((folder.parent / name).read_bytes().decode() for name in ("out.txt", "err.txt"))
+    assert "Traceback" not in err, err
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", out + err), err
+    return Run(process.exitcode, out, err)
+
+
+def run(folder: Path, case: Case, **environment: str) -> Run:
+    return finish(start(folder, case, **environment), folder)
+
+
+def error_line(run: Run) -> str:
+    """The one line that says why a run ended."""
+    assert run.code == 2, run
+    lines = run.err.splitlines()
+    assert [line for line in lines if "error: " in line] == lines[-1:], run.err
+    assert lines[-1].startswith("error: ") and lines[-1].isprintable(), run.err
+    assert "results  " not in run.out
+    return lines[-1]
+
+
+def snapshot(folder: Path) -> dict[Path, tuple]:
+    """All that is beneath a folder, with kind, size and time."""
+    found = {}
+    for file in folder.rglob("*"):
+        stat = file.lstat()
+        found[file] = (stat.st_mode, 0, 0) if file.is_dir() else (stat.st_mode, stat.st_size, stat.st_mtime_ns)
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_line_says_what_is_wrong(runs: dict[str, tuple[Path, Future]], name: str) -> None:
-    folder, future = runs[name]
-    process = future.result()
-    assert "Traceback" not in process.stderr, process.stderr
-    assert process.returncode == 2, process.stderr
-    errors = [line for line in process.stderr.splitlines() if "error: " in line]
-    assert errors == [process.stderr.splitlines()[-1]] and errors[0].startswith("error: "), process.stderr
+def test_one_line_says_what_is_wrong(miniature: Path, tmp_path: Path, name: str) -> None:
+    folder = place(tmp_path / "case", miniature, CASES[name])
+    before = snapshot(folder)
+    line = error_line(run(folder, CASES[name]))
     for part in CASES[name].parts:
-        assert part in errors[0], errors[0]
-    assert "results  " not in process.stdout
-    assert not [file for file in folder.rglob("*") if file.suffix in (".csv", ".png") or file.name == "harmed"]
+        assert part in line, line
+    after = snapshot(folder)
+    assert {file: after.get(file) for file in before} == before
+    left = [file for file in after if file.suffix in (".csv", ".png", ".partial") or file.name == "harmed"]
+    assert not left
