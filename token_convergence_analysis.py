@@ -429,8 +429,8 @@ def match_frequencies(groups: dict[int, list[Text]]) -> dict[int, list[Text]]:
             room_without[tokens] = reduce(and_, [counts[other] for other in counts if other != tokens])
         worst = max(counts, key=lambda tokens: room_without[tokens].total())
         warn(
-            f"the words of {name_tokens(worst)} in {WORDS_FILE} do not match the other groups in frequency: left out; add "
-            "words that do, or set MATCH_FREQUENCY = False"
+            f"the words of {name_tokens(worst)} in {WORDS_FILE} do not match the other groups in frequency: left out; "
+            "add words that do, or set MATCH_FREQUENCY = False"
         )
         room = room_without[worst]
         del counts[worst]
