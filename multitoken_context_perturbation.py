@@ -27,13 +27,11 @@ each checkpoint contributed, so that an interrupted run can continue.
 """
 
 import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait crawl on a busy machine
-
 import signal
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # until the libraries are imported: no traceback of theirs
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait crawl on a busy machine
+if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, is not to end in a traceback
+    usual_handler = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
 import argparse
 import csv
@@ -103,6 +101,7 @@ ARCHITECTURE = (  # what defines the base model, as attributes of GPTNeoXConfig:
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
     *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
 )
+ROPE_OF_2022 = ("rotary_pct", "rotary_emb_base", "rope_scaling", "rope_theta", "partial_rotary_factor")  # older names
 SURPLUS = (  # endings of tensors that are no part of it: buffers that files of 2022 hold, and the head
     *("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq", "embed_out.weight", "lm_head.weight"),
 )
@@ -280,7 +279,7 @@ def read_config(folder: Path) -> GPTNeoXConfig:
     entries = read_json(folder / "config.json", "the configuration of a GPT-NeoX model")
     if entries.get("model_type") != "gpt_neox":
         raise Problem(f"the architecture is {entries.get('model_type')}, expected gpt_neox")
-    entries.pop("quantization_config", None)
+    entries = {name: entries[name] for name in (*ARCHITECTURE, *ROPE_OF_2022) if name in entries}
     config = GPTNeoXConfig.from_dict(entries)
     return GPTNeoXConfig(**{name: getattr(config, name) for name in ARCHITECTURE})
 
@@ -372,6 +371,7 @@ def read_family(checkpoints: dict[int, Path]) -> tuple[GPTNeoXConfig, Tokenizer,
                     raise Problem(f"its tokenizer has more tokens than its model, which knows {config.vocab_size} only")
                 with torch.device("meta"):
                     model = GPTNeoXModel(config)
+                    model(torch.zeros(1, 1, dtype=torch.long))  # a config that contradicts itself fails here
             for name in ARCHITECTURE:
                 own, expected = getattr(own_config, name), getattr(config, name)
                 if own != expected:
@@ -1124,7 +1124,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, usual_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets an escape
     transformers.logging.set_verbosity_error()
