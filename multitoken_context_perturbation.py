@@ -720,12 +720,8 @@ def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
     for later in range(1, len(steps)):
         depths = []  # how many layers, from 0 upwards, agree with each earlier step
         for earlier in range(later):
-            depth = 0
-            while depth < values.shape[1] and np.array_equal(
-                values[earlier, depth], values[later, depth], equal_nan=True
-            ):
-                depth += 1
-            depths.append(depth)
+            differ = (values[earlier] != values[later]) & ~np.isnan(values[later])  # (layers + 1, texts)
+            depths.append(np.argmax([*differ.any(1), True]))
         if max(depths) > 0:
             copies[steps[depths.index(max(depths))], max(depths)].append(steps[later])
     layers = values.shape[1] - 1
@@ -1087,8 +1083,8 @@ def main() -> None:
         missing = agree_between_ranks(missing, keys)
     say(f"family   {family}")
     say(f"steps    {', '.join(map(name_step, steps))} ({len(missing)} of {len(steps)} to measure)")
-    for tokens, count in sorted(Counter(entry.tokens for entry in entries).items()):
-        say(f"words    {count} of {name_tokens(tokens)}")
+    groups = sorted(Counter(entry.tokens for entry in entries).items())
+    say(f"words    {', '.join(f'{count} of {name_tokens(tokens)}' for tokens, count in groups)}")
     say(f"texts    {len(texts)} sentences")
     say(f"device   {device}, {DTYPE}" + (f", {RANKS} ranks" if RANKS > 1 else ""))
     share = dict(list(missing.items())[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS])

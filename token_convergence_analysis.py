@@ -835,12 +835,8 @@ def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
     for later in range(1, len(steps)):
         depths = []  # how many layers, from 0 upwards, agree with each earlier step
         for earlier in range(later):
-            depth = 0
-            while depth < values.shape[1] and np.array_equal(
-                values[earlier, depth], values[later, depth], equal_nan=True
-            ):
-                depth += 1
-            depths.append(depth)
+            differ = (values[earlier] != values[later]) & ~np.isnan(values[later])  # (layers + 1, texts)
+            depths.append(np.argmax([*differ.any(1), True]))
         if max(depths) > 0:
             copies[steps[depths.index(max(depths))], max(depths)].append(steps[later])
     layers = values.shape[1] - 1
@@ -1225,12 +1221,10 @@ def main() -> None:
         missing = agree_between_ranks(missing, keys)
     say(f"family   {family}")
     say(f"steps    {', '.join(map(name_step, steps))} ({len(missing)} of {len(steps)} to measure)")
-    for curve in curves:
-        frequencies = ""
-        if curve.kind != "recombined":
-            numbers = [text.frequency for text in curve.texts]
-            frequencies = f", frequencies from {min(numbers):g} to {max(numbers):g}"
-        say(f"texts    {len(curve.texts)} of {name_tokens(curve.tokens)}, {curve.kind}{frequencies}")
+    groups = {curve.tokens: len(curve.texts) for curve in curves}
+    frequencies = [text.frequency for text in texts if not math.isnan(text.frequency)] or [math.nan]
+    say(f"words    {', '.join(f'{count} of {name_tokens(tokens)}' for tokens, count in groups.items())}")
+    say(f"texts    {len(texts)}, kinds {', '.join(KINDS)}, frequencies {min(frequencies):g} to {max(frequencies):g}")
     say(f"device   {device}, {DTYPE}" + (f", {RANKS} ranks" if RANKS > 1 else ""))
     # neighbours to a rank, since stability needs the checkpoint before
     share = dict(list(missing.items())[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS])
