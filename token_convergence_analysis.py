@@ -138,7 +138,7 @@ class Contrast(NamedTuple):
 
 class Tree(NamedTuple):
     inputs: dict[str, torch.Tensor]  # of the model: input_ids, position_ids, int (1, nodes), and attention_mask
-    last: torch.Tensor  # int (texts,): the node at which each text of the tree ends
+    last: list[int]  # the node at which each text of the tree ends
     rows: list[int]  # its texts among all
 
 
@@ -560,8 +560,7 @@ def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list
             mask[0, 0, node, path] = True
         positions = torch.tensor([[len(path) - 1 for path in paths]])
         inputs = {"input_ids": torch.tensor([tokens]), "position_ids": positions, "attention_mask": mask}
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        packed.append(Tree(inputs, torch.tensor(last, device=device), rows))
+        packed.append(Tree(inputs, last, rows))
     return packed
 
 
@@ -633,7 +632,8 @@ def read_unit_states(
         Thread(target=read_ahead, args=[following], daemon=True).start()
     for tree in trees:
         with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
-            hidden_states = model(**tree.inputs, use_cache=False, output_hidden_states=True).hidden_states
+            inputs = {name: tensor.to(model.device) for name, tensor in tree.inputs.items()}
+            hidden_states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
         states = torch.stack([layer[0, tree.last] for layer in hidden_states]).float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         wrong = ~(norms.isfinite() & (norms > 0))
