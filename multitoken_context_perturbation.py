@@ -144,7 +144,10 @@ def plain(text: object) -> str:
 
 def say(message: str) -> None:
     if RANK == 0:
-        print(plain(message), flush=True)
+        try:
+            print(plain(message), flush=True)
+        except BrokenPipeError:  # who read the output has gone: the results are what counts
+            sys.stdout = None
 
 
 def warn(message: str) -> None:

@@ -149,7 +149,10 @@ def plain(text: object) -> str:
 
 def say(message: str) -> None:
     if RANK == 0:
-        print(plain(message), flush=True)
+        try:
+            print(plain(message), flush=True)
+        except BrokenPipeError:  # who read the output has gone: the results are what counts
+            sys.stdout = None
 
 
 def warn(message: str) -> None:
@@ -1076,8 +1079,12 @@ def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -
         "stability": "stability: cosine\nto the checkpoint before",
     }
     layers = curves[0].table["centred"].shape[1] - 1
-    figure = Figure(figsize=(1.5 + 4.2 * len(kinds), 8.5), dpi=110, layout="constrained")
-    panels = figure.subplots(3, len(kinds), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 3, 2))
+    width = 2 + 4.2 * len(kinds)
+    figure = Figure(figsize=(width, 8.5), dpi=100)
+    margins = {"left": 1 / width, "right": 1 - 0.2 / width, "bottom": 0.12, "top": 0.91, "hspace": 0.1, "wspace": 0.06}
+    panels = figure.subplots(
+        3, len(kinds), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 3, 2), gridspec_kw=margins
+    )
     styles = group_styles(curves)
     for curve in curves:
         style, column = styles[curve.tokens], panels[:, kinds.index(curve.kind)]
@@ -1099,7 +1106,7 @@ def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -
     handles, _ = panels[0, 0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="unrelated texts (floor)"))
     handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles))
     return figure
 
 

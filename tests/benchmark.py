@@ -1,35 +1,57 @@
 """Measures both experiments against what the machine allows, and against other ways to the same hidden states.
 
-Run as `python tests/benchmark.py [--shape 70m|1b] [--words N] [--checkpoints N] [--peers PYTHON]`, on a machine that
-does nothing else: two checkpoints, or N, of random float16 weights in a temporary folder (2.0 GB each for 1b), computed
-in float32 on the CPU.
-PYTHON is an interpreter with tests/benchmark_requirements.txt installed, which runs TransformerLens and minicons.
-With --growth it measures instead how seconds and memory of the first experiment grow with the number of words.
+Run on a machine that does nothing else:
+    python tests/benchmark.py [--shape 70m|1b|6.9b|12b] [--layers N] [--words N] [--checkpoints N] [--peers PYTHON]
+    python tests/benchmark.py --kinds     measures what each kind of text adds to the first experiment
+    python tests/benchmark.py --growth    measures how its seconds and memory grow with the number of words
+All is computed in float32 on the CPU, from checkpoints of random float16 weights, stored as Pythia's are published, in
+the temporary folder: 0.14 GB each for 70m, 2.0 GB for 1b. Set TMPDIR if that folder is not on a disk. --words are words
+a group, at most; --layers cuts a shape that does not fit into memory. What is printed, in this order:
 
-The limit for a checkpoint is the longer of reading its weights and multiplying its matrices:
+The machine. The limit for a checkpoint is the longer of reading its weights and multiplying its matrices:
     max(bytes / bandwidth, 2 x weights of the linear layers x distinct prefixes / matrix rate).
-Counted with all parameters, as in the usual 2N, it is higher by the embeddings, which are looked up and not multiplied.
-The matrix rate is that of the model's own linear layers, one after the other, at BATCH_TOKENS tokens, the best of six
-rounds. The engine's passes are the best of two; all else is timed once. The naive loop and the peers work on batches
-in random order for SAMPLE_SECONDS; what they take for everything is extrapolated from that in proportion.
+The bandwidth is that of reading one checkpoint whose files were dropped from the system's cache (which works on Linux).
+The matrix rate is that of the model's own linear layers, one after the other, at 256 tokens, the best of six rounds.
+The embeddings are not counted, as they are in the usual 2 x parameters x tokens: they are looked up, not multiplied.
+
+Like with like: the hidden states alone, in every layer, of the words of kind `word`, for one checkpoint.
+    engine           the scripts' own: all words packed into prefix trees, and passed; the second time counts
+    naive            one word at a time through GPTNeoXForCausalLM
+    TransformerLens  batches of 64 words of equal length; it keeps the residual stream only
+    minicons         the same batches; it averages over the tokens of a word
+Each way is a process of its own; the last two run in PYTHON, an interpreter with tests/benchmark_requirements.txt
+installed. All but the engine work on batches in random order for SAMPLE_SECONDS, and what they take for all words is
+extrapolated from that in proportion.
+
+The scripts: each from end to end as a process, weights read from disk, with its own settings but for the words: all
+kinds of text, imports, checks, statistics, tables and figures included. Its functions are timed where they are called:
+per checkpoint, then as seconds of the whole run and shares of its passes. The next checkpoint is read while one is
+passed, which takes some time from the passes; so their best is given beside their mean. Memory is the peak of what
+belongs to no file (RssAnon, on Linux, looked at every 50 ms): mapped weights and the stores of hidden states, which lie
+on disk, do not count.
+
+--kinds passes the texts of each choice of kinds through the engine, as above. --growth runs the first script with more
+and more words a group, all kinds, not matched in frequency since too few words can be, and prints beside its seconds:
+    predicted = START + checkpoints x (LOADING x GB + EFFORT x billions of linear weights x prefixes / matrix rate).
 """
 
 import argparse
 import importlib
 import json
+import math
 import os
 import platform
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import defaultdict
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -38,25 +60,48 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 # ------------------------------------------------------------------------------
 SHAPES = {
-    "70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
-    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 8, "intermediate_size": 8192},
+    "70m": {"num_hidden_layers": 6, "hidden_size": 512, "num_attention_heads": 8, "vocab_size": 50_304},
+    "1b": {"num_hidden_layers": 16, "hidden_size": 2048, "num_attention_heads": 8, "vocab_size": 50_304},
+    "6.9b": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 50_432},
+    "12b": {"num_hidden_layers": 36, "hidden_size": 5120, "num_attention_heads": 40, "vocab_size": 50_688},
 }
 SAMPLE_SECONDS = 25  # for the naive loop and each peer, which end earlier if they have done all words
 PEER_BATCH = 64  # words in a batch of a peer
-GROWTH = (125, 594, 2690, None)  # words a group that make about 500, 2,000, 8,000 and 32,000 words; None = all
+KINDS = (("word",), ("word", "recombined"), ("word", "carried"), ("word", "recombined", "carried"))
+GROWTH = (125, 500, 2000, 8000)  # words a group, at most
+START, LOADING, EFFORT = 7, 0.5, 2.4  # of the formula: seconds; seconds a GB; operations for a weight and a prefix
 # ------------------------------------------------------------------------------
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("token_convergence_analysis", "multitoken_context_perturbation")
 BOS = "<|endoftext|>"
-Text = tuple[str, tuple[int, ...]]  # a text as the model reads it, and its token ids after <|endoftext|>
+STAGES = {  # of a run, besides loading and passes: the functions that do them, in either script
+    "comparison": ("contribution_of",),
+    "checking the checkpoints": ("read_family",),
+    "texts and trees": ("read_words", "read_contexts", "choose_curves", "choose_entries", "prefix_trees"),
+    "model and stores": ("build_model", "make_store"),
+    "statistics": ("tabulate", "find_contrasts"),
+    "tables": ("write_tables",),
+    "figures": ("draw_figures",),
+}
+Text = tuple[str, tuple[int, ...]]  # a text as the model reads it, and its token ids with <|endoftext|>
+
+
+class Machine(NamedTuple):
+    gigabytes: float  # of a checkpoint
+    disk: float  # GB/s, and again, from the system's cache
+    cache: float
+    weights: float  # of the linear layers, in billions
+    default_rate: float  # GFLOP/s at which torch multiplies them by default, and as the scripts do
+    rate: float
 
 
 def make_family(family: Path, shape: dict[str, int], checkpoints: int) -> list[Path]:
     """Writes checkpoints of random float16 weights as Pythia's are published."""
     from miniature import save_checkpoint  # not at the top, since the peers' interpreter lacks what it imports
 
-    config = GPTNeoXConfig(vocab_size=50_304, rotary_pct=0.25, bos_token_id=0, eos_token_id=0, **shape)
+    more = {"intermediate_size": 4 * shape["hidden_size"], "rotary_pct": 0.25, "bos_token_id": 0, "eos_token_id": 0}
+    config = GPTNeoXConfig(**shape, **more)
     with torch.device("meta"):
         model = GPTNeoXForCausalLM(config)
     model = model.half().to_empty(device="cpu")
@@ -87,72 +132,86 @@ def seconds_for(action: Callable, *arguments: object) -> float:
     return time.perf_counter() - start
 
 
-def linear_seconds(layers: list[torch.nn.Linear], tokens: int) -> list[float]:
-    """Seconds for the layers, each once: as torch multiplies by default, and as the script does."""
-    inputs = {width: torch.randn(1, tokens, width) for width in {layer.in_features for layer in layers}}
+def measure_machine(folder: Path) -> Machine:
+    """Measures how fast the machine reads a checkpoint and multiplies its matrices."""
+    script = importlib.import_module(SCRIPTS[0])
+    gigabytes = sum(file.stat().st_size for file in script.weight_files(folder)) / 1e9
+    forget([folder])
+    speeds = [gigabytes / seconds_for(script.read_ahead, folder) for _ in range(2)]
+    model = script.build_model(script.read_config(folder), torch.device("cpu"))
+    script.load_weights(model, script.read_weights(folder))
+    layers = [layer for layer in model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in layers) / 1e9
+    inputs = {layer.in_features: torch.randn(1, 256, layer.in_features) for layer in layers}
 
     def multiply_all(multiply: Callable) -> None:
         for layer in layers:
             multiply(layer, inputs[layer.in_features])
 
-    ways = (torch.nn.Linear.forward, torch.nn.Linear.__call__)
-    return [min(seconds_for(multiply_all, way) for _ in range(3)) for way in ways]
+    ways = (torch.nn.Linear.forward, torch.nn.Linear.__call__)  # the scripts replace the layers' own forward
+    rates = [2 * weights * 256 / min(seconds_for(multiply_all, way) for _ in range(6)) for way in ways]
+    return Machine(gigabytes, *speeds, weights, *rates)
+
+
+def engine(folder: str) -> Callable[[list[Text]], object]:
+    """Loads the scripts' model. Returns a function that runs it on all texts."""
+    script = importlib.import_module(SCRIPTS[0])
+    config, device = script.read_config(Path(folder)), torch.device("cpu")
+    model = script.build_model(config, device)
+    script.load_weights(model, script.read_weights(Path(folder)))
+
+    def run(batch: list[Text]) -> None:
+        names, sequences = zip(*batch, strict=True)
+        store = torch.empty(config.num_hidden_layers + 1, len(batch), config.hidden_size)
+        trees = script.prefix_trees(sequences, device)
+        with patch.object(script, "load_weights"), tqdm(disable=True) as progress:  # they are loaded
+            script.read_unit_states(model, [Path(folder)], trees, names, store, progress)
+
+    return run
 
 
 def naive_loop(folder: str) -> Callable[[list[Text]], object]:
     """Loads the causal LM. Returns a function that runs it on a batch, here of one word."""
     model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def run(batch: list[Text]) -> torch.Tensor:
-        tokens = torch.tensor([sequence for _, sequence in batch])
-        return torch.stack([layer[:, -1] for layer in model(input_ids=tokens, output_hidden_states=True).hidden_states])
-
-    return run
+    return lambda batch: model(input_ids=torch.tensor([ids for _, ids in batch]), output_hidden_states=True)
 
 
 def transformer_lens(folder: str) -> Callable[[list[Text]], object]:
-    """The same through TransformerLens, which keeps the residual stream only."""
     from transformer_lens.model_bridge import TransformerBridge
 
     model = TransformerBridge.boot_transformers(folder, device="cpu", dtype=torch.float32)
-
-    def run(batch: list[Text]) -> torch.Tensor:
-        tokens = torch.tensor([sequence for _, sequence in batch])
-        wanted = ("hook_resid_pre", "ln_final.hook_out")
-        _, cache = model.run_with_cache(tokens, return_type=None, names_filter=lambda name: name.endswith(wanted))
-        return torch.stack([cache[name][:, -1] for name in cache])
-
-    return run
+    kept = {"names_filter": lambda name: name.endswith(("hook_resid_pre", "ln_final.hook_out"))}
+    return lambda batch: model.run_with_cache(torch.tensor([ids for _, ids in batch]), return_type=None, **kept)
 
 
 def minicons(folder: str) -> Callable[[list[Text]], object]:
-    """The same through minicons, which averages over the tokens of a word."""
     from minicons.cwe import CWE
 
     model = CWE(folder, dtype=torch.float32)
 
-    def run(batch: list[Text]) -> list[torch.Tensor]:
+    def run(batch: list[Text]) -> object:
         spans = [(BOS + text, (len(BOS) + 1, len(BOS + text))) for text, _ in batch]  # of the word, without its space
         return model.extract_representation(spans, layer="all")
 
     return run
 
 
-WAYS = {"naive": (naive_loop, 1), "TransformerLens": (transformer_lens, PEER_BATCH), "minicons": (minicons, PEER_BATCH)}
+WAYS = {"engine": engine, "naive": naive_loop, "TransformerLens": transformer_lens, "minicons": minicons}
 
 
 def time_way(name: str, folder: str, texts_file: str) -> tuple[float, float]:
-    """Seconds that one of WAYS takes to load a checkpoint, and for all texts, in batches of equal length."""
+    """Seconds that one of WAYS takes to load a checkpoint, and for all texts."""
     texts = json.loads(Path(texts_file).read_text(encoding="utf-8"))
-    load, size = WAYS[name]
     start = time.perf_counter()
-    run = load(folder)
+    run = WAYS[name](folder)
     loading = time.perf_counter() - start
-    batches = []
-    for length in {len(sequence) for _, sequence in texts}:
-        alike = [text for text in texts if len(text[1]) == length]
-        batches += [alike[start : start + size] for start in range(0, len(alike), size)]
-    random.Random(0).shuffle(batches)
+    batches = [texts]
+    if name != "engine":
+        size, batches = 1 if name == "naive" else PEER_BATCH, []
+        for length in {len(ids) for _, ids in texts}:
+            alike = [text for text in texts if len(text[1]) == length]
+            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
+        random.Random(0).shuffle(batches)
     run(batches[0])
     done, start = 0, time.perf_counter()
     for batch in batches:
@@ -163,166 +222,195 @@ def time_way(name: str, folder: str, texts_file: str) -> tuple[float, float]:
     return loading, (time.perf_counter() - start) / done * len(texts)
 
 
-def time_way_apart(python: str, name: str, folder: Path, texts_file: Path) -> tuple[float, float] | str:
-    """The same, in a process of its own by another interpreter; or why it did not run."""
-    command = [python, __file__, "--peer", name, folder, texts_file]
-    process = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+def time_way_apart(name: str, folder: Path, texts: list[Text], python: str = sys.executable) -> tuple | str:
+    """The same, in a process of its own; or why it did not run."""
+    texts_file = folder.parent.with_name("texts.json")
+    texts_file.write_text(json.dumps(texts), encoding="utf-8")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if name == "engine":
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts set it before they import torch
+    command = [python, __file__, "--way", name, folder, texts_file]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
     if process.returncode:
         return "not run: " + [f"exit code {process.returncode}", *process.stderr.strip().splitlines()][-1]
     return tuple(json.loads(process.stdout.splitlines()[-1]))
 
 
-def run_script(name: str, folder: Path, family: Path, words: int | None) -> tuple[float, float]:
-    """Seconds and peak anonymous memory (GB; NaN where there is no /proc) of a script as a process, in a copy."""
-    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    for setting, value in {"WORDS_PER_GROUP": words, "DEVICE": '"cpu"'}.items():
-        source = re.sub(f"^{setting} = .*$", f"{setting} = {value}", source, flags=re.MULTILINE)
-    (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    for file in ROOT.glob("*.json"):
-        shutil.copy(file, folder)
-    start, sizes = time.perf_counter(), []
-    process = subprocess.Popen([sys.executable, folder / f"{name}.py", family], stdout=subprocess.DEVNULL)
-    status = Path(f"/proc/{process.pid}/status")
-    while process.poll() is None:
-        sizes += re.findall(r"RssAnon:\s*(\d+) kB", status.read_text() if status.exists() else "")
-        time.sleep(0.05)
-    if process.returncode:
-        sys.exit(f"{name}.py ended with exit code {process.returncode}")
-    return time.perf_counter() - start, max(map(int, sizes), default=float("nan")) * 1024 / 1e9
+def run_here(name: str, family: str, settings: str) -> tuple[dict, dict]:
+    """Runs a script with other settings. Returns the seconds of each call of its functions, and what it computed."""
+    script = importlib.import_module(name)
+    times, counts = defaultdict(list), {}
+
+    def timed(function: Callable) -> Callable:
+        @wraps(function)
+        def wrapper(*arguments: object, **options: object) -> object:
+            start = time.perf_counter()
+            result = function(*arguments, **options)
+            if not options:  # load_weights with assign only checks, and is a part of read_family
+                times[function.__name__].append(time.perf_counter() - start)
+            if function.__name__ == "prefix_trees":
+                nodes = sum(tree.inputs["input_ids"].numel() for tree in result)
+                counts.update(texts=len(arguments[0]), prefixes=count_prefixes(arguments[0]), nodes=nodes)
+            return result
+
+        return wrapper
+
+    for function in ("read_unit_states", "load_weights", *sum(STAGES.values(), ())):
+        if hasattr(script, function):
+            setattr(script, function, timed(getattr(script, function)))
+    for setting, value in json.loads(settings).items():
+        setattr(script, setting, value)
+    sys.argv[1:] = [family]
+    with torch.inference_mode():
+        script.main()
+    return times, counts
+
+
+def run_script(name: str, folders: list[Path], **settings: object) -> tuple[float, float, dict, dict]:
+    """Runs a script as a process. Returns its seconds, its peak memory in GB (NaN without /proc), times and counts."""
+    scratch = folders[0].parents[1]
+    settings |= {"DEVICE": "cpu", "RESULTS_DIR": tempfile.mkdtemp(dir=scratch)}
+    command = [sys.executable, __file__, "--run", name, folders[0].parent, json.dumps(settings)]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # as the script sets it before it imports torch
+    forget(folders)
+    with tempfile.TemporaryFile("w+", dir=scratch) as output:
+        start, sizes = time.perf_counter(), []
+        process = subprocess.Popen(command, env=environment, stdout=output)
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            sizes += re.findall(r"RssAnon:\s*(\d+) kB", status.read_text() if status.exists() else "")
+            time.sleep(0.05)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            sys.exit(f"{name}.py ended with exit code {process.returncode}")
+        output.seek(0)
+        times, counts = json.loads(output.read().splitlines()[-1])
+    return seconds, max(map(int, sizes), default=math.nan) * 1024 / 1e9, times, counts
+
+
+def choose_texts(folder: Path, **settings: object) -> list[Text]:
+    """The texts of the first script with these settings."""
+    script = importlib.import_module(SCRIPTS[0])
+    config, tokenizer, _ = script.read_family({0: folder})
+    with patch.multiple(script, **settings):
+        curves = script.choose_curves(script.read_words(), tokenizer, config)
+    bos = tokenizer.token_to_id(BOS)
+    return [(" " + text.word, (bos, *text.token_ids)) for curve in curves for text in curve.texts]
+
+
+def count_prefixes(sequences: list[tuple[int, ...]]) -> int:
+    return len({sequence[: end + 1] for sequence in sequences for end in range(len(sequence))})
 
 
 def print_table(*rows: tuple) -> None:
     """Prints a Markdown table; the first row is its head."""
     for row in (rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]):
-        print("|", " | ".join(f"{cell:,.1f}" if isinstance(cell, float) else str(cell) for cell in row), "|")
+        print("|", " | ".join(f"{cell:,.2f}" if isinstance(cell, float) else str(cell) for cell in row), "|")
     print(flush=True)
 
 
-def count_prefixes(texts: list[Text]) -> int:
-    return len({sequence[: end + 1] for _, sequence in texts for end in range(len(sequence))})
+def describe_run(machine: Machine, seconds: float, peak: float, times: dict, counts: dict) -> dict[str, str]:
+    """What a run of a script took: a checkpoint, and from end to end."""
+    loadings = times["load_weights"]
+    passes = [both - loading for both, loading in zip(times["read_unit_states"], loadings, strict=True)]
+    best, mean, loading = min(passes), sum(passes) / len(passes), sum(loadings[1:]) / len(loadings[1:])
+    reading, multiplying = machine.gigabytes / machine.disk, 2 * machine.weights * counts["prefixes"] / machine.rate
+    limit = max(reading, multiplying)
+    lines = {
+        "texts; distinct prefixes; nodes computed": "; ".join(map(str, counts.values())),
+        "a checkpoint: limit to read; to multiply": f"{reading:.2f} s; {multiplying:.2f} s",
+        "loading the first; others": f"{loadings[0]:.2f} s; {loading:.2f} s",
+        "passes, mean; best; a text": f"{mean:.2f} s; {best:.2f} s; {1000 * best / counts['texts']:.2f} ms",
+        "share of the matrix rate, mean; best": f"{multiplying / mean:.0%}; {multiplying / best:.0%}",
+        "loading and passes over the limit": f"{(loading + mean) / limit:.2f}",
+        "end to end: seconds; over the limit": f"{seconds:.1f} s; {seconds / limit / len(passes):.2f}",
+        "peak memory": f"{peak:.2f} GB",
+    }
+    stages = {f"passes of {len(passes)} checkpoints": sum(passes), "loading them": sum(loadings)}
+    for stage, functions in STAGES.items():
+        stages[stage] = sum(sum(times.get(function, [])) for function in functions)
+    stages["imports and the rest"] = seconds - sum(stages.values())
+    return lines | {stage: f"{taken:.2f} s; {taken / sum(passes):.1%}" for stage, taken in stages.items()}
 
 
-def measure_engine(script: ModuleType, folder: Path, words: list[Text]) -> tuple[float, float, float]:
-    """Measures machine and engine on one checkpoint.
-
-    Returns the limits, seconds to read and to multiply a prefix; and by how much more all parameters are than those of
-    the linear layers.
-    """
-    gigabytes = sum(file.stat().st_size for file in script.weight_files(folder)) / 1e9
-    forget([folder])
-    disk, cache = (gigabytes / seconds_for(script.read_ahead, [folder]) for _ in range(2))
-    start = time.perf_counter()
-    model = script.build_model(folder, torch.device("cpu"))
-    script.load_weights(model, folder)
-    first_loading = time.perf_counter() - start
-    loading = seconds_for(script.load_weights, model, folder)
-    texts, sequences = zip(*words, strict=True)
-    trees = script.prefix_trees(sequences, torch.device("cpu"))
-    layers = [layer for layer in model.layers.modules() if isinstance(layer, torch.nn.Linear)]
-    before = linear_seconds(layers, script.BATCH_TOKENS)
-    with patch.object(script, "load_weights"), tqdm(disable=True) as progress:  # they are loaded
-        walks = (script.unit_states(model, [folder], trees, texts, progress) for _ in range(2))
-        passes = min(seconds_for(deque, walk, 0) for walk in walks)
-    best = map(min, before, linear_seconds(layers, script.BATCH_TOKENS))
-    per_prefix = 2e-9 * sum(layer.weight.numel() for layer in layers)  # GFLOP
-    default_rate, rate = (per_prefix * script.BATCH_TOKENS / seconds for seconds in best)
-    count = count_prefixes(words)
-    reading, multiplying, by_default = gigabytes / disk, per_prefix * count / rate, per_prefix * count / default_rate
-    source = "from disk" if disk < cache / 1.5 else "from the cache"
+def measure(folders: list[Path], words: int, peers: str) -> None:
+    """Measures the machine, the ways to the hidden states alone, and both scripts."""
+    machine = measure_machine(folders[-1])
     print_table(
-        (f"a checkpoint, {len(words)} words", ""),
-        ("matrix rate: oneDNN, as in the scripts; torch's default", f"{rate:.0f}; {default_rate:.0f} GFLOP/s"),
-        (f"weights, read {source} (again, from the cache)", f"{gigabytes:.2f} GB, {disk:.2f} ({cache:.2f}) GB/s"),
-        ("distinct prefixes; nodes computed", f"{count}; {sum(inputs['input_ids'].numel() for inputs, _ in trees)}"),
-        ("limit to read; to multiply", f"{reading:.2f} s; {multiplying:.2f} s"),
-        ("loading the first; any other (from the cache)", f"{first_loading:.2f} s; {loading:.2f} s"),
-        (f"passes, in {len(trees)} batches", f"{passes:.2f} s, {1000 * passes / len(words):.1f} ms a word"),
-        ("share of these rates that the passes reach", f"{multiplying / passes:.0%}; {by_default / passes:.0%}"),
-        ("loading and passes over the limit", f"{(loading + passes) / max(reading, multiplying):.2f}"),
+        ("machine", ""),
+        ("matrix rate: oneDNN; torch's default", f"{machine.rate:.0f}; {machine.default_rate:.0f} GFLOP/s"),
+        ("a checkpoint; weights of its linear layers", f"{machine.gigabytes:.2f} GB; {machine.weights:.3f} billion"),
+        ("reading it; again, from the cache", f"{machine.disk:.2f}; {machine.cache:.2f} GB/s"),
     )
-    elements = sum(tensor.numel() for tensor in script.read_weights(folder).values())
-    return reading, multiplying / count, 2e-9 * elements / per_prefix
-
-
-def measure(folders: list[Path], words_per_group: int, peers: str, scratch: Path) -> None:
-    """Measures the machine, the engine, both scripts and the other ways."""
-    script, sibling = map(importlib.import_module, SCRIPTS)
-    script.WORDS_PER_GROUP = words_per_group
-    final = folders[-1]
-    config, tokenizer = script.read_final(final)
-    _, texts, sequences, _ = script.draw_words(script.read_words(), tokenizer, config)
-    words = list(zip(texts, sequences, strict=True))
-    variants, _ = sibling.choose_variants(sibling.read_contexts(tokenizer, config), tokenizer)
-    texts = sorted({text for lists in variants.values() for texts in lists for text in texts})
-    sentences = list(zip(texts, sibling.encode(tokenizer, texts), strict=True))
-    reading, multiplying, more = measure_engine(script, final, words)
-
-    limits = ("over the limit", "with all parameters")
-    rows = [("end to end", "texts", "prefixes", "seconds", *limits, "naive loop, s*", "ratio", "peak GB")]
-    for name, texts in zip(SCRIPTS, (words, sentences), strict=True):
-        (scratch / name).write_text(json.dumps(texts), encoding="utf-8")
-        naive = time_way_apart(sys.executable, "naive", final, scratch / name)
-        forget(folders)
-        seconds, peak = run_script(name, scratch, final.parent, words_per_group)
-        count = count_prefixes(texts)
-        limits = (len(folders) * max(reading, multiplying * factor * count) for factor in (1, more))
-        whole = len(folders) * sum(naive)
-        row = (f"{name}.py", len(texts), count, seconds, *(f"{seconds / limit:.2f}" for limit in limits), whole)
-        rows.append((*row, whole / seconds, f"{peak:.2f}"))
-        if texts is words:
-            script_seconds = seconds
-            ways = {"one at a time, GPTNeoXForCausalLM": naive}
-    print_table(*rows)
-    ways |= {name: time_way_apart(peers, name, final, scratch / SCRIPTS[0]) for name in ("TransformerLens", "minicons")}
-    rows = [("the same words", "loading, s", "passes, s*", "ms a word", "all checkpoints, s*", "over the script")]
-    for name, seconds in ways.items():
-        if isinstance(seconds, str):
-            rows.append((name, seconds, "", "", "", ""))
+    texts = choose_texts(folders[-1], WORDS_PER_GROUP=words, KINDS=("word",))
+    rows = [(f"like with like: {len(texts)} words", "loading, s", "passes, s", "ms a word", "passes over the engine's")]
+    for name in WAYS:
+        python = peers if name in ("TransformerLens", "minicons") else sys.executable
+        taken = time_way_apart(name, folders[-1], texts, python)
+        if isinstance(taken, str):
+            rows.append((name, taken, "", "", ""))
         else:
-            whole = len(folders) * sum(seconds)
-            rows.append((name, *seconds, 1000 * seconds[1] / len(words), whole, whole / script_seconds))
+            rows.append((name, *taken, 1000 * taken[1] / len(texts), taken[1] / (rows[1][2] if rows[1:] else taken[1])))
     print_table(*rows)
-    print(f"* extrapolated from {SAMPLE_SECONDS} s, where everything takes longer")
+    first, second = (describe_run(machine, *run_script(name, folders, WORDS_PER_GROUP=words)) for name in SCRIPTS)
+    print_table(("the scripts", *SCRIPTS), *((line, first[line], second[line]) for line in first))
 
 
-def measure_growth(folders: list[Path], scratch: Path) -> None:
-    """Measures the first experiment with more and more words of the list."""
-    script = importlib.import_module(SCRIPTS[0])
-    rows = [("words a group", "words", "distinct prefixes", "seconds", "peak GB")]
-    final = folders[-1]
-    config, tokenizer = script.read_final(final)
-    for script.WORDS_PER_GROUP in GROWTH:
-        _, texts, sequences, _ = script.draw_words(script.read_words(), tokenizer, config)
-        seconds, peak = run_script(SCRIPTS[0], scratch, final.parent, script.WORDS_PER_GROUP)
-        count = count_prefixes(list(zip(texts, sequences, strict=True)))
-        rows.append((script.WORDS_PER_GROUP or "all", len(texts), count, seconds, f"{peak:.2f}"))
+def measure_kinds(folder: Path, words: int) -> None:
+    """Measures what each kind of text adds to a checkpoint's passes."""
+    rows = [("kinds", "texts", "tokens", "distinct prefixes", "passes, s")]
+    for kinds in KINDS:
+        texts = choose_texts(folder, WORDS_PER_GROUP=words, KINDS=kinds)
+        sequences = [ids for _, ids in texts]
+        _, seconds = time_way_apart("engine", folder, texts)
+        rows.append((", ".join(kinds), len(texts), sum(map(len, sequences)), count_prefixes(sequences), seconds))
+    print_table(*rows)
+
+
+def measure_growth(folders: list[Path]) -> None:
+    """Measures the first script with more and more words."""
+    machine = measure_machine(folders[-1])
+    rows = [("words a group", "texts", "distinct prefixes", "seconds", "predicted", "peak GB")]
+    for words in GROWTH:
+        seconds, peak, _, counts = run_script(SCRIPTS[0], folders, WORDS_PER_GROUP=words, MATCH_FREQUENCY=False)
+        passes = EFFORT * machine.weights * counts["prefixes"] / machine.rate
+        predicted = START + len(folders) * (LOADING * machine.gigabytes + passes)
+        rows.append((words, counts["texts"], counts["prefixes"], seconds, predicted, peak))
+    print(f"{len(folders)} checkpoints, {machine.rate:.0f} GFLOP/s")
     print_table(*rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="70m", help="shape of the model [%(default)s]")
-    parser.add_argument("--words", type=int, default=500, help="words a group [%(default)s]")
-    parser.add_argument("--checkpoints", type=int, default=2, help="checkpoints of the family [%(default)s]")
+    parser.add_argument("--layers", type=int, help="layers of the model [all of the shape]")
+    parser.add_argument("--words", type=int, default=500, help="words a group, at most [%(default)s]")
+    parser.add_argument("--checkpoints", type=int, default=2, help="of the family, 2 or more [%(default)s]")
     parser.add_argument("--peers", default=sys.executable, help="interpreter that has the peers [this one]")
+    parser.add_argument("--kinds", action="store_true", help="measure what each kind of text adds")
     parser.add_argument("--growth", action="store_true", help="measure how cost grows with the number of words")
-    parser.add_argument("--peer", nargs=3, metavar=("NAME", "FOLDER", "TEXTS"), help="time one way, here")
+    parser.add_argument("--way", nargs=3, help=argparse.SUPPRESS)  # this and the next are what its processes do
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peer:
-        print(json.dumps(time_way(*arguments.peer)))
-        return
     sys.path.insert(0, str(ROOT))
+    if arguments.way or arguments.run:
+        print(json.dumps(time_way(*arguments.way) if arguments.way else run_here(*arguments.run)))
+        return
+    shape = SHAPES[arguments.shape]
+    if arguments.layers:
+        shape["num_hidden_layers"] = arguments.layers
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    print(f"Pythia-{arguments.shape} shape, random float16 weights, float32; {[*models, platform.processor()][0]},")
+    print(f"Pythia-{arguments.shape} shape, {shape['num_hidden_layers']} layers, float32; {[*models, platform.processor()][0]},")
     print(f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
-        scratch = Path(folder)
-        folders = make_family(scratch / f"random_{arguments.shape}", SHAPES[arguments.shape], arguments.checkpoints)
-        if arguments.growth:
-            measure_growth(folders, scratch)
+        folders = make_family(Path(folder) / f"random_{arguments.shape}", shape, arguments.checkpoints)
+        if arguments.kinds:
+            measure_kinds(folders[-1], arguments.words)
+        elif arguments.growth:
+            measure_growth(folders)
         else:
-            measure(folders, arguments.words, arguments.peers, scratch)
+            measure(folders, arguments.words, arguments.peers)
 
 
 if __name__ == "__main__":

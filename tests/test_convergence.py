@@ -762,9 +762,8 @@ def test_intervals_allow_for_shared_last_tokens(planted_run: Run) -> None:
         values = arrays["similarity"][PLANTED_STEPS.index(step), 0, members]
         means = [rng.choice(values, WORDS).mean() for _ in range(4000)]
         row = rows[tokens, "word", step, 0]
-        for name in ("similarity", "centred"):
-            width = row[f"{name}_high"] - row[f"{name}_low"]
-            assert width / np.ptp(np.quantile(means, [0.025, 0.975])) == pytest.approx(expected, rel=0.12)
+        width = row["similarity_high"] - row["similarity_low"]
+        assert width / np.ptp(np.quantile(means, [0.025, 0.975])) == pytest.approx(expected, rel=0.12)
 
 
 # ------------------------------------------------------------------------------ families
@@ -1086,11 +1085,11 @@ def break_checkpoints(miniature: Path, folder: Path) -> list[tuple[str, list[str
         ("transposed tensor", ["layers.3.mlp.dense_4h_to_h.weight", "[256, 64]", "[64, 256]"]),
         ("another width", ["hidden_size is 32", "step32", "64"]),
         ("another architecture", ["gpt2", "gpt_neox"]),
-        ("another tokenizer", ["tokenizer", "man'", str(token_ids("man")[-1]), str(token_ids("woman")[-1])]),
+        ("another tokenizer", ["its tokenizer is not that of step32"]),
         ("no shard", ["model-00001-of-00001.safetensors"]),
         ("broken config", [""]),
         ("empty safetensors", ["header"]),
-        ("integers", ["int32", "expected floating point"]),
+        ("integers", ["embed_in.weight", "While copying the parameter"]),
     ]
 
 

@@ -8,62 +8,90 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_convergence import place
+from test_convergence import PLANTED_STEPS, TABLES, edit_script, place, plant
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GPTNeoXModel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import multitoken_context_perturbation as sibling  # noqa: E402
 import token_convergence_analysis as script  # noqa: E402
 
 WORDS = ["a", "the", "there", "therefore", "lighthouse", "unscrupulous", "naïve", "x" * 40, "don't"]
 
 
-def launch(folder: Path, family: Path, ranks: int) -> subprocess.Popen:
+def launch(folder: Path, family: Path, ranks: int, **variables: str) -> subprocess.Popen:
     """Starts the script in a process group of its own, on its own or under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *torchrun, str(folder / "token_convergence_analysis.py"), str(family)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(command, env=environment, start_new_session=True, text=True, **pipes)
 
 
-def run(folder: Path, family: Path, ranks: int) -> bytes:
-    process = launch(folder, family, ranks)
+def run(folder: Path, family: Path, ranks: int, **variables: str) -> list[bytes]:
+    """Runs the script. Returns the tables that it writes."""
+    process = launch(folder, family, ranks, **variables)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    return (folder / "convergance_plots" / family.name / "convergence.csv").read_bytes()
+    return [(folder / "convergance_plots" / family.name / name).read_bytes() for name in TABLES]
 
 
 @pytest.fixture(scope="module")
-def alone(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The CSV of a run in one process."""
-    return run(place(tmp_path_factory.mktemp("alone"), BATCH_TOKENS=16), miniature, 1)
+def planted(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
+    """A small family, and its words."""
+    family = tmp_path_factory.mktemp("ranks") / "planted"
+    return family, plant(family, miniature)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_write_the_same_bytes(miniature: Path, alone: bytes, tmp_path: Path, ranks: int) -> None:
-    assert run(place(tmp_path, BATCH_TOKENS=16), miniature, ranks) == alone
+@pytest.fixture(scope="module")
+def alone(planted: tuple[Path, dict[str, int]], tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """The tables of a run in one process, though something else has set RANK: without torchrun's other variables."""
+    family, words = planted
+    folder = place(tmp_path_factory.mktemp("alone"), words, BATCH_TOKENS=16)
+    tables = run(folder, family, 1, RANK="1")
+    assert (folder / "convergance_plots" / "planted" / "half_way.png").is_file()
+    return tables
 
 
-def test_what_killed_ranks_measured_is_kept(miniature: Path, alone: bytes, tmp_path: Path) -> None:
-    process = launch(place(tmp_path, BATCH_TOKENS=16), miniature, 2)
-    kept = tmp_path / "convergance_plots" / miniature.name / "kept"
+def test_ranks_write_the_same_bytes(planted: tuple[Path, dict[str, int]], alone: list[bytes], tmp_path: Path) -> None:
+    family, words = planted
+    assert run(place(tmp_path, words, BATCH_TOKENS=16), family, 3) == alone
+
+
+def test_what_killed_ranks_measured_is_kept(
+    planted: tuple[Path, dict[str, int]], alone: list[bytes], tmp_path: Path
+) -> None:
+    """Two ranks are killed, and two others continue: again the same bytes."""
+    family, words = planted
+    process = launch(place(tmp_path, words, BATCH_TOKENS=16), family, 2)
+    kept = tmp_path / "convergance_plots" / family.name / "kept"
     while not (files := list(kept.glob("step*.npz"))):
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     written = {file: file.stat().st_mtime_ns for file in files}
-    assert len(written) < 7
-    assert run(tmp_path, miniature, 1) == alone
+    assert len(written) < len(PLANTED_STEPS)
+    assert not list(kept.parent.glob("*.csv"))
+    assert run(tmp_path, family, 2) == alone
     assert {file: file.stat().st_mtime_ns for file in files} == written
+
+
+def test_ranks_that_differ_measure_nothing(planted: tuple[Path, dict[str, int]], tmp_path: Path) -> None:
+    """A setting that is another in each rank stands for another version of a file on each machine."""
+    family, words = planted
+    folder = place(tmp_path, words)
+    edit_script(folder, r"(?m)^SEED = 0", 'SEED = int(os.environ["RANK"])')
+    process = launch(folder, family, 2)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    errors = {line for line in out.splitlines() if line.startswith("error: ")}
+    assert len(errors) == 1 and "ranks differ" in errors.pop()
+    assert "to measure" not in out and not list(folder.rglob("step*.npz"))
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
@@ -75,33 +103,23 @@ def test_float32_is_float32(miniature: Path, tmp_path: Path, activation: str) ->
     """
     folder = tmp_path / "step1"
     folder.mkdir()
-    config = json.loads((miniature / "step32" / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": activation}), encoding="utf-8")
-    weights = script.read_weights(miniature / "step32")
-    save_file(
-        {f"gpt_neox.{name}": tensor.float() * 1.5 for name, tensor in weights.items()}, folder / "model.safetensors"
-    )
+    entries = json.loads((miniature / "step32" / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(entries | {"hidden_act": activation}), encoding="utf-8")
+    weights = {}
+    for name, tensor in script.read_weights(miniature / "step32").items():
+        weights[f"gpt_neox.{name}"] = tensor.float() * 1.5
+    save_file(weights, folder / "model.safetensors")
     tokenizer = Tokenizer.from_file(str(miniature / "step32" / "tokenizer.json"))
-    sequences = sorted(script.encode(tokenizer, [" " + word for word in WORDS]))
+    sequences = script.encode(tokenizer, [" " + word for word in WORDS])
     exact = GPTNeoXModel.from_pretrained(folder, dtype=torch.float64).eval()
     with torch.inference_mode():
-        model = script.build_model(folder, torch.device("cpu"))
+        config = script.read_config(folder)
+        model = script.build_model(config, torch.device("cpu"))
         trees = script.prefix_trees(sequences, torch.device("cpu"))
-        blocks = script.unit_states(model, [folder], trees, WORDS, tqdm(disable=True))
-        states = torch.cat([states for _, states in blocks])
-        for sequence, own in zip(sequences, states, strict=True):
+        states = torch.empty(config.num_hidden_layers + 1, len(WORDS), config.hidden_size)
+        script.read_unit_states(model, [folder], trees, WORDS, states, tqdm(disable=True))
+        for text, sequence in enumerate(sequences):
             layers = exact(torch.tensor([sequence]), output_hidden_states=True).hidden_states
             expected = torch.stack([layer[0, -1] for layer in layers])
             expected /= expected.norm(dim=-1, keepdim=True)
-            assert (own - expected).norm(dim=-1).max() <= 1e-5
-
-
-def test_difference_of_means_is_over_the_words_that_have_both() -> None:
-    """The second word has no P2, the third no P1: P1 - P2, which the overview shows, is the first word's alone."""
-    P1, P2 = np.array([0.5, 0.9, np.nan]), np.array([0.3, np.nan, 0.7])
-    contributions = {"P1": P1, "P2": P2, "unrelated": np.zeros(3)}
-    curves = sibling.mean_curves({name: values.reshape(1, 1, 3) for name, values in contributions.items()}, np.ones(3))
-    for group in (1, "all"):
-        found = [curves[group][name].item() for name in ("P1", "P2", "P1 - P2")]
-        assert found == pytest.approx([0.7, 0.5, 0.2])
-        assert [curves[group][f"{name}_words"] for name in ("P1", "P2")] == [2, 2]
+            assert (states[:, text] - expected).norm(dim=-1).max() <= 1e-5
