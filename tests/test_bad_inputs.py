@@ -1,8 +1,8 @@
 """Bad inputs to the three scripts: each ends a run with exit code 2 and one line that says what is wrong and where.
 
-A row of the table CASES is a case: what is bad, and parts of the line that the user reads. After it come what is odd and
-no error, and what goes wrong during a run. A script runs in a process of its own. Most are forked from one that has
-imported the libraries, since a new Python takes four seconds for that; where the start itself matters, it is a new one.
+A row of the table CASES is a case: what is bad, and parts of the line that the user reads. After it comes what goes
+wrong during a run, and what is odd and no error. Every run is a process of its own. Most are forked from one that has
+imported the libraries, which takes a new Python four seconds; where the start itself matters, it is a new one.
 """
 
 import csv
@@ -13,15 +13,16 @@ import pickle
 import re
 import resource
 import runpy
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +45,7 @@ WORDS, CONTEXTS = "words_list.json", "multitoken_words_contexts.json"
 TWO_TOKENS = ["lighthouse", "unicorn", "unarmed", "panda"]
 LEDGE = {
     "sentences": ["It was a ledge", "This is a ledge"],
-    "replaced_sentences": ["It was a pledge"],
+    "replaced_sentences": ["It was a barge"],
 }
 INPUTS = {WORDS: json.dumps(dict.fromkeys(ONE_TOKEN, 1)).encode(), CONTEXTS: json.dumps({"ledge": LEDGE}).encode()}
 
@@ -216,6 +217,12 @@ def tokenizer(change: Callable[[dict], object]) -> Callable[[Path], None]:
     return spoil
 
 
+def damaged_record(family: Path) -> None:
+    file = family.parent / RESULTS[CONVERGENCE] / family.name / "kept" / "run.json"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"[]")
+
+
 def words(*names: str) -> dict[str, bytes]:
     return {WORDS: json.dumps(dict.fromkeys(names, 1)).encode()}
 
@@ -375,7 +382,9 @@ CASES = {
     "nothing_to_recombine": Case(CONVERGENCE, ["KINDS", "recombine"], {"KINDS": ("recombined",)}),
     "no_family": Case(CONVERGENCE, ["absent", "`python download_checkpoints.py`"], arguments=("absent",)),
     "no_family_of_contexts": Case(PERTURBATION, ["absent", "`python tests/miniature.py`"], arguments=("absent",)),
-    "a_family_that_a_terminal_would_obey": Case(CONVERGENCE, [r"no\x1b[31m\rfamily"], arguments=("no\x1b[31m\rfamily",)),
+    "a_family_that_a_terminal_would_obey": Case(
+        CONVERGENCE, [r"no\x1b[31m\rfamily"], arguments=("no\x1b[31m\rfamily",)
+    ),
     "a_family_whose_name_is_too_long": Case(CONVERGENCE, ["xxx"], arguments=("x" * 300,)),
     "the_root_is_no_family": Case(CONVERGENCE, ["/", "step0"], arguments=("/",)),
     "unknown_option": Case(CONVERGENCE, ["unrecognized arguments: --nonsense"], arguments=("family", "--nonsense")),
@@ -409,6 +418,10 @@ CASES = {
         small_vocabulary=(config(vocab_size=10), ["step32", "knows 10 only"]),
         no_positions=(config(max_position_embeddings=0), ["0 positions"]),
         unknown_activation=(config(hidden_act="gelatine"), ["step32", "gelatine"]),
+        rotation_of_more_than_there_is=(
+            config(rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 2.0}),
+            ["step32", "broadcast"],
+        ),
         no_tokenizer=(final("tokenizer.json", None), ["step32", "tokenizer.json", "fetch"]),
         tokenizer_is_no_json=(final("tokenizer.json", b"not JSON"), ["step32"]),
         tokenizer_is_a_pipe=(pipe("step32/tokenizer.json"), ["step32", "tokenizer.json"]),
@@ -429,7 +442,10 @@ CASES = {
         weights_are_a_folder=(folder_of_weights, ["step0", "no weights"]),
         weights_are_a_pipe=(pipe("step32/model.safetensors"), ["step32", "no weights"]),
         pickle_is_a_list=(pickled([1, 2]), ["step0", "pytorch_model.bin"]),
-        pickle_holds_words=(pickled({"embed_in.weight": "none"} | dict.fromkeys("abcdef", 0)), ["step0", "expected torch.Tensor"]),
+        pickle_holds_words=(
+            pickled({"embed_in.weight": "none"} | dict.fromkeys("abcdef", 0)),
+            ["step0", "expected torch.Tensor"],
+        ),
         pickle_would_run_a_command=(pickled(Harm()), ["step0", "pytorch_model.bin"]),
         pickle_is_sparse=(pickled_weights(torch.Tensor.to_sparse), ["step0"]),
         pickle_is_of_no_device=(pickled_weights(lambda tensor: tensor.to("meta")), ["step0"]),
@@ -451,6 +467,7 @@ CASES = {
     ),
     "results_are_a_file": Case(CONVERGENCE, ["Not a directory", "RESULTS_DIR"], {"RESULTS_DIR": WORDS}),
     "results_are_a_file_of_contexts": Case(PERTURBATION, ["Not a directory", "RESULTS_DIR"], {"RESULTS_DIR": CONTEXTS}),
+    "record_of_results_is_damaged": Case(CONVERGENCE, ["run.json", "found a list", "delete it"], spoil=damaged_record),
     "disk_is_full": Case(CONVERGENCE, ["File too large", "make room"], kilobytes=3),
     "disk_is_full_of_contexts": Case(PERTURBATION, ["File too large", "make room"], kilobytes=3),
     "results_on_a_read_only_system": Case(
@@ -486,28 +503,34 @@ def place(folder: Path, miniature: Path, case: Case) -> Path:
     return folder
 
 
-def run_script(
-    file: Path, arguments: tuple[str, ...], environment: dict[str, str], kilobytes: int | None, megabytes: int | None
-) -> None:
-    """Makes this process that of a script: its output goes to out.txt and err.txt beside the script's folder."""
-    os.chdir(file.parent)
-    for number, name in ((1, "out.txt"), (2, "err.txt")):
-        os.dup2(os.open(file.parents[1] / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+def run_script(folder: Path, case: Case) -> None:
+    """Makes this process that of a case's script. Its output goes to files beside the folder: see finish.
+
+    If the folder holds another step 0 in `later`, it takes the place of the family's when the results folder is made.
+    """
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}.{os.getpid()}.{name}", os.O_WRONLY | os.O_CREAT), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if kilobytes is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, kilobytes * 1024))
-    if megabytes is not None:
+    torch.set_num_threads(1)
+    if case.kilobytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (case.kilobytes * 1024, case.kilobytes * 1024))
+    if case.megabytes is not None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + megabytes * 1024**2, taken + megabytes * 1024**2))
-    sys.argv = [str(file), *arguments]
-    runpy.run_path(str(file), run_name="__main__")
+        resource.setrlimit(resource.RLIMIT_AS, (taken + case.megabytes * 1024**2, taken + case.megabytes * 1024**2))
+
+    def change_places(event: str, details: tuple) -> None:
+        if event == "os.mkdir" and Path(details[0]).name == "kept" and Path("later").is_dir():
+            Path("family/step0").rename("earlier")
+            Path("later").rename("family/step0")
+
+    sys.addaudithook(change_places)
+    sys.argv = [case.script, *case.arguments]
+    runpy.run_path(str(folder / case.script), run_name="__main__")
 
 
-def start(folder: Path, case: Case, **environment: str) -> BaseProcess:
-    arguments = (folder / case.script, case.arguments, environment, case.kilobytes, case.megabytes)
-    process = FORKSERVER.Process(target=run_script, args=arguments)
+def start(folder: Path, case: Case) -> BaseProcess:
+    process = FORKSERVER.Process(target=run_script, args=(folder, replace(case, spoil=None)))
     process.start()
     return process
 
@@ -515,14 +538,14 @@ def start(folder: Path, case: Case, **environment: str) -> BaseProcess:
 def finish(process: BaseProcess, folder: Path) -> Run:
     process.join(60)
     process.kill()
-    out, err = ((folder.parent / name).read_bytes().decode() for name in ("out.txt", "err.txt"))
+    out, err = (Path(f"{folder}.{process.pid}.{name}").read_bytes().decode() for name in ("out", "err"))
     assert "Traceback" not in err, err
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", out + err), err
     return Run(process.exitcode, out, err)
 
 
-def run(folder: Path, case: Case, **environment: str) -> Run:
-    return finish(start(folder, case, **environment), folder)
+def run(folder: Path, case: Case) -> Run:
+    return finish(start(folder, case), folder)
 
 
 def error_line(run: Run) -> str:
@@ -555,3 +578,257 @@ def test_one_line_says_what_is_wrong(miniature: Path, tmp_path: Path, name: str)
     assert {file: after.get(file) for file in before} == before
     left = [file for file in after if file.suffix in (".csv", ".png", ".partial") or file.name == "harmed"]
     assert not left
+
+
+def results(folder: Path, case: Case) -> Path:
+    return folder / RESULTS[case.script] / "family"
+
+
+def table(folder: Path, case: Case) -> bytes:
+    return (results(folder, case) / TABLE[case.script]).read_bytes()
+
+
+def simple(script: str, **fields: object) -> Case:
+    """A case that is none: a run that ends well, with few figures."""
+    settings = {CONVERGENCE: {"KINDS": ("word",)}, PERTURBATION: {"WORDS_TO_PLOT": 0}}[script]
+    return Case(script, [], settings, **fields)
+
+
+BOTH = pytest.mark.parametrize("script", [CONVERGENCE, PERTURBATION])
+
+
+def later(spoil: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Step 0 becomes a spoilt one once all checkpoints are checked and before it is loaded: see run_script."""
+
+    def spoil_later(family: Path) -> None:
+        spoilt = shutil.copytree(family, family.with_name("spoilt"), symlinks=True)
+        spoil(spoilt)
+        (spoilt / "step0").rename(family.with_name("later"))
+
+    return spoil_later
+
+
+def without_files(family: Path) -> None:
+    for file in list((family / "step0").iterdir()):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("script", "spoil"),
+    [
+        (CONVERGENCE, cut_weights),
+        (CONVERGENCE, weights(torch.Tensor.flatten)),
+        (CONVERGENCE, without_files),
+        (PERTURBATION, cut_weights),
+    ],
+    ids=["cut", "of_other_shapes", "removed", "cut_beside_the_sibling"],
+)
+def test_checkpoint_that_changes_during_the_run(
+    miniature: Path, tmp_path: Path, script: str, spoil: Callable[[Path], object]
+) -> None:
+    case = simple(script, spoil=later(spoil))
+    folder = place(tmp_path / "case", miniature, case)
+    line = error_line(run(folder, case))
+    assert str(folder / "family" / "step0") in line and "run again" in line, line
+
+
+def odd_checkpoints(family: Path) -> None:
+    """The same weights in other words: what is in published files, or may be, and is no part of the base model."""
+    surplus = {
+        "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 256, 256, dtype=torch.bool),
+        "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-1e9),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": torch.ones(8),
+    }
+    for step in ("step0", "step32"):
+        file = family / step / "model.safetensors"
+        content = load_file(file) | surplus
+        if step == "step32":
+            write(file, content)
+        else:  # as torch wrote them until 2020
+            file.unlink()
+            torch.save(content, file.with_name("pytorch_model.bin"), _use_new_zipfile_serialization=False)
+    config(
+        return_dict=False,
+        use_cache=True,
+        output_attentions=True,
+        output_hidden_states=False,
+        attn_implementation="flash_attention_2",
+        quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True},
+        torch_dtype="float16",
+        hidden_dropout=0.9,
+        attention_dropout=0.9,
+        architectures=["Nonsense"],
+        auto_map={"AutoModel": "nonsense.Nonsense"},
+        id2label=7,
+    )(family)
+
+
+@BOTH
+def test_what_does_not_define_the_model_changes_no_number(miniature: Path, tmp_path: Path, script: str) -> None:
+    plain, odd = simple(script), simple(script, spoil=odd_checkpoints)
+    place(tmp_path / "plain", miniature, plain)
+    place(tmp_path / "odd", miniature, odd)
+    for folder, case in ((tmp_path / "plain", plain), (tmp_path / "odd", odd)):
+        assert run(folder, case).code == 0
+    assert table(tmp_path / "plain", plain) == table(tmp_path / "odd", odd)
+
+
+def replace_weights(family: Path, source: Path) -> None:
+    """Step 0 gets other weights, in a file of the same size and time."""
+    file = family / "step0" / "model.safetensors"
+    stat = file.stat()
+    write(file, source.read_bytes())
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+
+
+@BOTH
+def test_a_folder_of_results_is_one_familys(miniature: Path, tmp_path: Path, script: str) -> None:
+    """Its numbers are those of the files that are there; what else is in it is left alone; no other family gets in."""
+    case = simple(script)
+    folder = place(tmp_path / "case", miniature, case)
+    assert "2 of 2 to measure" in run(folder, case).out
+    first = table(folder, case)
+    own = ("layer_by_layer_notes.png", "mean_of_my_own.png", "group_9_tokens.png", "notes.csv", "words/2_tokens_x.png")
+    for name in own:
+        (results(folder, case) / name).parent.mkdir(exist_ok=True)
+        (results(folder, case) / name).write_bytes(b"mine")
+    for file in (results(folder, case) / "kept").glob("step0-*.npz"):  # the right name and the wrong shape
+        with np.load(file) as arrays:
+            wrong = {name: array[:1] for name, array in arrays.items()}
+        np.savez(file, **wrong)
+    assert "1 of 2 to measure" in run(folder, case).out
+    assert table(folder, case) == first
+
+    replace_weights(folder / "family", miniature / "step16" / "model.safetensors")
+    assert re.search("[12] of 2 to measure", run(folder, case).out)
+    assert table(folder, case) != first
+    link(miniature, folder / "other" / "family", [0, 32])
+    before = snapshot(folder)
+    line = error_line(run(folder, replace(case, arguments=("other/family",))))
+    assert f"{results(folder, case)} holds the results of {folder / 'family'}" in line and "RESULTS_DIR" in line
+    assert snapshot(folder) == before
+    for name in own:
+        assert (results(folder, case) / name).read_bytes() == b"mine"
+
+
+@BOTH
+def test_two_runs_at_once(miniature: Path, tmp_path: Path, script: str) -> None:
+    case = simple(script)
+    folder = place(tmp_path / "case", miniature, case)
+    processes = [start(folder, case) for _ in range(2)]
+    for process in processes:
+        assert finish(process, folder).code == 0
+    assert len(table(folder, case).splitlines()) > 2 * 7
+    assert not list(folder.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("module", [script, sibling])
+def test_a_link_under_a_temporary_name_is_not_written_through(tmp_path: Path, module: ModuleType) -> None:
+    file, outside = tmp_path / "table.csv", tmp_path / "outside"
+    outside.write_text("mine")
+    with module.written_whole(file, "x", encoding="utf-8"):
+        (temporary,) = set(tmp_path.iterdir()) - {outside}
+    temporary.symlink_to(outside)
+    with module.written_whole(file, "x", encoding="utf-8") as stream:
+        stream.write("new")
+    assert outside.read_text() == "mine"
+    assert file.read_text() == "new" and not file.is_symlink()
+
+
+def test_the_studys_kind_of_words_file(miniature: Path, tmp_path: Path) -> None:
+    """Counts, and entries that are no dictionary words."""
+    odd = [
+        "n't",
+        "'s",
+        "dr.",
+        "long-term",
+        "full-time",
+        "mr.",
+        "short-term",
+        "u.s.",
+        "kangaroo",
+        "nirvana",
+        "blasphemy",
+    ]
+    counts = {word: 10**9 // (number + 1) for number, word in enumerate([*ONE_TOKEN, *TWO_TOKENS, *odd])}
+    settings = {"MATCH_FREQUENCY": False, "MIN_GROUP_SIZE": 4, "KINDS": ("recombined", "carried")}
+    case = Case(CONVERGENCE, [], settings, {WORDS: json.dumps(counts).encode()})
+    folder = place(tmp_path / "case", miniature, case)
+    ended = run(folder, case)
+    assert ended.code == 0, ended
+    with (results(folder, case) / "texts.csv").open(newline="", encoding="utf-8") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["kind"] == "carried"]
+    assert {row["word"]: int(row["frequency"].split(".")[0]) for row in rows} == counts
+
+
+def test_the_root_of_the_file_system_has_no_folder_of_results() -> None:
+    with pytest.raises(script.Problem, match="has no name"):
+        script.open_results(Path("/"))
+
+
+def start_anew(folder: Path, case: Case, shell: str, **environment: str | None) -> subprocess.Popen:
+    """Starts a new Python within a line of bash, in which "$@" stands for the command."""
+    command = ["bash", "-c", f"set -o pipefail; {shell}", "bash", sys.executable, case.script, *case.arguments]
+    changed = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    changed = {name: value for name, value in changed.items() if value is not None}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=changed, text=True, **pipes)
+
+
+@BOTH
+def test_a_terminal_that_shows_ascii_only(miniature: Path, tmp_path: Path, script: str) -> None:
+    """And obeys control characters; without a home; and with half of what torchrun sets: a run by itself, and whole."""
+    family = "fämily 日\x1b[31m\r"
+    case = simple(script, spoil=lambda folder: folder.rename(folder.with_name(family)), arguments=(family,))
+    case.settings |= {CONVERGENCE: {"MIN_GROUP_SIZE": 4}, PERTURBATION: {"WORDS_TO_PLOT": ["naïve", "\x1b[31m"]}}[
+        script
+    ]
+    case.inputs[WORDS] = words(*ONE_TOKEN, *TWO_TOKENS, "naïve", "日本", "\x1b[31mred")[WORDS]
+    naïve = {"sentences": ["日本 \x1b[31m naïve", "Größe ist naïve"], "replaced_sentences": ["日本 \x1b[31m no"]}
+    case.inputs[CONTEXTS] = contexts(naïve=naïve, **{"\x1b[32mgreen": LEDGE})
+    folder = place(tmp_path / "case", miniature, case)
+    environment = {"PYTHONIOENCODING": "ascii", "HOME": None, "RANK": "1", "LOCAL_RANK": "1"}
+    if script == PERTURBATION:
+        environment["WORLD_SIZE"] = "2"
+    process = start_anew(folder, case, '"$@"', **environment)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err, err
+    assert (out + err).isascii() and "\x1b" not in out + err
+    assert r"f\xe4mily \u65e5\x1b[31m\r" in out
+    assert (folder / RESULTS[script] / family / TABLE[script]).exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "shell"),
+    [(CONVERGENCE, '"$@" >&-'), (CONVERGENCE, '"$@" | head -1'), (PERTURBATION, '"$@" >&- 2>&-')],
+)
+def test_nobody_reads_the_output(miniature: Path, tmp_path: Path, script: str, shell: str) -> None:
+    case = simple(script)
+    folder = place(tmp_path / "case", miniature, case)
+    process = start_anew(folder, case, shell)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err and "rror" not in err, err
+    assert table(folder, case)
+
+
+@BOTH
+def test_help_is_the_docstring(tmp_path: Path, miniature: Path, script: str) -> None:
+    case = Case(script, [], arguments=("-h",))
+    ended = run(place(tmp_path / "case", miniature, case), case)
+    assert ended.code == 0 and "RESULTS_DIR/<name of FAMILY>/" in ended.out and not ended.err
+
+
+@pytest.mark.parametrize("seconds", [0, 0.7, 2])
+@BOTH
+def test_ctrl_c_in_the_first_seconds(miniature: Path, tmp_path: Path, script: str, seconds: float) -> None:
+    case = simple(script)
+    folder = place(tmp_path / "case", miniature, case)
+    process = start_anew(folder, case, 'exec "$@"')
+    while "multiarray" not in Path(f"/proc/{process.pid}/maps").read_text():  # the first of the libraries
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err, err

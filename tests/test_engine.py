@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,12 +24,12 @@ WORDS = ["a", "the", "there", "therefore", "lighthouse", "unscrupulous", "naïve
 
 
 def launch(folder: Path, family: Path, ranks: int, **variables: str) -> subprocess.Popen:
-    """Starts the script in a process group of its own, on its own or under torchrun."""
+    """Starts the script on its own or under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *torchrun, str(folder / "token_convergence_analysis.py"), str(family)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    return subprocess.Popen(command, env=environment, start_new_session=True, text=True, **pipes)
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
 def run(folder: Path, family: Path, ranks: int, **variables: str) -> list[bytes]:
@@ -65,20 +65,28 @@ def test_ranks_write_the_same_bytes(planted: tuple[Path, dict[str, int]], alone:
 def test_what_killed_ranks_measured_is_kept(
     planted: tuple[Path, dict[str, int]], alone: list[bytes], tmp_path: Path
 ) -> None:
-    """Two ranks are killed, and two others continue: again the same bytes."""
+    """Two ranks are killed, and two others continue: again the same bytes.
+
+    The first two are started one by one, since torchrun's processes cannot be killed all at once.
+    """
     family, words = planted
-    process = launch(place(tmp_path, words, BATCH_TOKENS=16), family, 2)
-    kept = tmp_path / "convergance_plots" / family.name / "kept"
-    while not (files := list(kept.glob("step*.npz"))):
-        assert process.poll() is None
+    folder = place(tmp_path, words, BATCH_TOKENS=16)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1]), "WORLD_SIZE": "2"}
+    processes = [launch(folder, family, 1, RANK=rank, **meeting) for rank in ("0", "1")]
+    kept = folder / "convergance_plots" / family.name / "kept"
+    while not list(kept.glob("step*.npz")):
+        assert all(process.poll() is None for process in processes)
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    written = {file: file.stat().st_mtime_ns for file in files}
+    for process in processes:
+        process.kill()
+        process.communicate()
+    written = {file: file.stat().st_mtime_ns for file in kept.glob("step*.npz")}
     assert len(written) < len(PLANTED_STEPS)
     assert not list(kept.parent.glob("*.csv"))
-    assert run(tmp_path, family, 2) == alone
-    assert {file: file.stat().st_mtime_ns for file in files} == written
+    assert run(folder, family, 2) == alone
+    assert {file: file.stat().st_mtime_ns for file in written} == written
 
 
 def test_ranks_that_differ_measure_nothing(planted: tuple[Path, dict[str, int]], tmp_path: Path) -> None:
