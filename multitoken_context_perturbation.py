@@ -160,8 +160,8 @@ def stop(message: str) -> NoReturn:
 
 
 def reason(error: Exception) -> str:
-    """What a library's error says, in one line of at most 300 characters."""
-    text = " ".join(str(error).split())[:300]
+    """What a library's error says, in one line of at most 500 characters."""
+    text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

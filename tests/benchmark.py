@@ -5,40 +5,37 @@ Run on a machine that does nothing else:
     python tests/benchmark.py --kinds     measures what each kind of text adds to the first experiment
     python tests/benchmark.py --growth    measures how its seconds and memory grow with the number of words
 All is computed in float32 on the CPU, from checkpoints of random float16 weights, stored as Pythia's are published, in
-the temporary folder: 0.14 GB each for 70m, 2.0 GB for 1b. Set TMPDIR if that folder is not on a disk. --words are words
-a group, at most; --layers cuts a shape that does not fit into memory. What is printed, in this order:
+the temporary folder: 0.14 GB each for 70m, 2.0 GB for 1b (set TMPDIR if that folder is not on a disk). --words are
+words a group, at most; --layers cuts a shape that does not fit into memory. What is printed:
 
 The machine. The limit for a checkpoint is the longer of reading its weights and multiplying its matrices:
     max(bytes / bandwidth, 2 x weights of the linear layers x distinct prefixes / matrix rate).
-The bandwidth is that of reading one checkpoint whose files were dropped from the system's cache (which works on Linux).
+The bandwidth is that of reading a checkpoint whose files were dropped from the system's cache (which works on Linux).
 The matrix rate is that of the model's own linear layers, one after the other, at 256 tokens, the best of six rounds.
-The embeddings are not counted, as they are in the usual 2 x parameters x tokens: they are looked up, not multiplied.
+Both are measured before all else and after it, and the better counts. Embeddings are looked up and not multiplied, so
+they are not counted, as they are in the usual 2 x parameters x tokens.
 
-Like with like: the hidden states alone, in every layer, of the words of kind `word`, for one checkpoint.
-    engine           the scripts' own: all words packed into prefix trees, and passed; the second time counts
-    naive            one word at a time through GPTNeoXForCausalLM
-    TransformerLens  batches of 64 words of equal length; it keeps the residual stream only
-    minicons         the same batches; it averages over the tokens of a word
-Each way is a process of its own; the last two run in PYTHON, an interpreter with tests/benchmark_requirements.txt
-installed. All but the engine work on batches in random order for SAMPLE_SECONDS, and what they take for all words is
-extrapolated from that in proportion.
+Like with like: the hidden states alone, in every layer, of the words of kind `word`, for one checkpoint, each way in a
+process of its own. `engine` is the scripts': all words packed into prefix trees and passed, the second time counts.
+`naive` is one word at a time through GPTNeoXForCausalLM. TransformerLens (the residual stream only) and minicons (the
+mean over the tokens of a word) take batches of 64 words of equal length, in PYTHON, an interpreter that has
+tests/benchmark_requirements.txt installed. These three work for SAMPLE_SECONDS on batches in random order; what they
+take for all words is extrapolated from that in proportion.
 
-The scripts: each from end to end as a process, weights read from disk, with its own settings but for the words: all
-kinds of text, imports, checks, statistics, tables and figures included. Its functions are timed where they are called:
-per checkpoint, then as seconds of the whole run and shares of its passes. The next checkpoint is read while one is
-passed, which takes some time from the passes; so their best is given beside their mean. Memory is the peak of what
-belongs to no file (RssAnon, on Linux, looked at every 50 ms): mapped weights and the stores of hidden states, which lie
-on disk, do not count.
+The scripts, from end to end: each as a process, weights read from disk, with its own settings but for the words, so
+with all kinds of text, imports, checks, statistics and figures. Its functions are timed where they are called: first
+for one checkpoint, then in seconds of the whole run and shares of its passes. The next checkpoint is read while one is
+passed, which takes time from the passes, so their best is given beside their mean. Memory is the peak of what belongs
+to no file (RssAnon, on Linux, looked at every 50 ms): mapped weights do not count, nor do the stores of hidden states.
 
---kinds passes the texts of each choice of kinds through the engine, as above. --growth runs the first script with more
-and more words a group, all kinds, not matched in frequency since too few words can be, and prints beside its seconds:
-    predicted = START + checkpoints x (LOADING x GB + EFFORT x billions of linear weights x prefixes / matrix rate).
+--kinds passes each choice of kinds through the engine, as above. --growth runs the first script with more and more
+words a group, of all kinds, not matched in frequency since too few words can be, and prints beside its seconds
+    START + checkpoints x (LOADING x GB + EFFORT x billions of linear weights x prefixes / matrix rate).
 """
 
 import argparse
 import importlib
 import json
-import math
 import os
 import platform
 import random
@@ -51,6 +48,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -75,24 +73,19 @@ START, LOADING, EFFORT = 7, 0.5, 2.4  # of the formula: seconds; seconds a GB; o
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("token_convergence_analysis", "multitoken_context_perturbation")
 BOS = "<|endoftext|>"
-STAGES = {  # of a run, besides loading and passes: the functions that do them, in either script
-    "comparison": ("contribution_of",),
-    "checking the checkpoints": ("read_family",),
-    "texts and trees": ("read_words", "read_contexts", "choose_curves", "choose_entries", "prefix_trees"),
-    "model and stores": ("build_model", "make_store"),
-    "statistics": ("tabulate", "find_contrasts"),
-    "tables": ("write_tables",),
-    "figures": ("draw_figures",),
-}
+TIMED = (  # functions of either script
+    *("read_unit_states", "load_weights", "contribution_of", "read_family", "choose_curves", "choose_entries"),
+    *("prefix_trees", "build_model", "make_store", "tabulate", "find_contrasts", "write_tables", "draw_figures"),
+)
 Text = tuple[str, tuple[int, ...]]  # a text as the model reads it, and its token ids with <|endoftext|>
 
 
 class Machine(NamedTuple):
     gigabytes: float  # of a checkpoint
-    disk: float  # GB/s, and again, from the system's cache
+    disk: float  # GB/s; cache: when it is read again
     cache: float
     weights: float  # of the linear layers, in billions
-    default_rate: float  # GFLOP/s at which torch multiplies them by default, and as the scripts do
+    default_rate: float  # GFLOP/s of their products, by torch's default; rate: as in the scripts
     rate: float
 
 
@@ -199,11 +192,13 @@ def minicons(folder: str) -> Callable[[list[Text]], object]:
 WAYS = {"engine": engine, "naive": naive_loop, "TransformerLens": transformer_lens, "minicons": minicons}
 
 
-def time_way(name: str, folder: str, texts_file: str) -> tuple[float, float]:
-    """Seconds that one of WAYS takes to load a checkpoint, and for all texts."""
-    texts = json.loads(Path(texts_file).read_text(encoding="utf-8"))
+def time_way(name: str, folder: str, texts: list[Text]) -> list:
+    """Seconds that one of WAYS takes to load a checkpoint, and for all texts; or why it did not."""
     start = time.perf_counter()
-    run = WAYS[name](folder)
+    try:
+        run = WAYS[name](folder)
+    except Exception as error:  # it is not installed, or cannot read the checkpoint
+        return [f"not run: {error}", ""]
     loading = time.perf_counter() - start
     batches = [texts]
     if name != "engine":
@@ -219,27 +214,21 @@ def time_way(name: str, folder: str, texts_file: str) -> tuple[float, float]:
         done += len(batch)
         if time.perf_counter() - start > SAMPLE_SECONDS:
             break
-    return loading, (time.perf_counter() - start) / done * len(texts)
+    return [loading, (time.perf_counter() - start) / done * len(texts)]
 
 
-def time_way_apart(name: str, folder: Path, texts: list[Text], python: str = sys.executable) -> tuple | str:
-    """The same, in a process of its own; or why it did not run."""
-    texts_file = folder.parent.with_name("texts.json")
-    texts_file.write_text(json.dumps(texts), encoding="utf-8")
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    if name == "engine":
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts set it before they import torch
-    command = [python, __file__, "--way", name, folder, texts_file]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if process.returncode:
-        return "not run: " + [f"exit code {process.returncode}", *process.stderr.strip().splitlines()][-1]
-    return tuple(json.loads(process.stdout.splitlines()[-1]))
+def run_script(name: str, family: str, settings: dict) -> tuple[dict, dict, float]:
+    """Runs a script with other settings.
 
-
-def run_here(name: str, family: str, settings: str) -> tuple[dict, dict]:
-    """Runs a script with other settings. Returns the seconds of each call of its functions, and what it computed."""
+    Returns the seconds of each call of its functions, what it computed, and its peak memory in GB (0 without /proc).
+    """
     script = importlib.import_module(name)
-    times, counts = defaultdict(list), {}
+    times, counts, sizes = defaultdict(list), {}, ["0"]
+
+    def watch() -> None:
+        while (status := Path("/proc/self/status")).exists():
+            sizes.extend(re.findall(r"RssAnon:\s*(\d+) kB", status.read_text()))
+            time.sleep(0.05)
 
     def timed(function: Callable) -> Callable:
         @wraps(function)
@@ -255,37 +244,37 @@ def run_here(name: str, family: str, settings: str) -> tuple[dict, dict]:
 
         return wrapper
 
-    for function in ("read_unit_states", "load_weights", *sum(STAGES.values(), ())):
+    for function in TIMED:
         if hasattr(script, function):
             setattr(script, function, timed(getattr(script, function)))
-    for setting, value in json.loads(settings).items():
+    for setting, value in settings.items():
         setattr(script, setting, value)
     sys.argv[1:] = [family]
+    Thread(target=watch, daemon=True).start()
     with torch.inference_mode():
         script.main()
-    return times, counts
+    return times, counts, max(map(int, sizes)) * 1024 / 1e9
 
 
-def run_script(name: str, folders: list[Path], **settings: object) -> tuple[float, float, dict, dict]:
-    """Runs a script as a process. Returns its seconds, its peak memory in GB (NaN without /proc), times and counts."""
-    scratch = folders[0].parents[1]
-    settings |= {"DEVICE": "cpu", "RESULTS_DIR": tempfile.mkdtemp(dir=scratch)}
-    command = [sys.executable, __file__, "--run", name, folders[0].parent, json.dumps(settings)]
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # as the script sets it before it imports torch
+def call_apart(function: Callable, name: str, *arguments: object, python: str = sys.executable) -> list:
+    """Calls a function in a process of its own."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    if name in ("engine", *SCRIPTS):
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts set it before they import torch
+    question = json.dumps([function.__name__, name, *arguments])
+    command = [python, __file__, "--call"]
+    process = subprocess.run(command, env=environment, input=question, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def run_apart(name: str, folders: list[Path], **settings: object) -> tuple[float, dict, dict, float]:
+    """The same with run_script. Returns the seconds from end to end, too."""
+    family = folders[0].parent
+    settings |= {"DEVICE": "cpu", "RESULTS_DIR": tempfile.mkdtemp(dir=family.parent)}
     forget(folders)
-    with tempfile.TemporaryFile("w+", dir=scratch) as output:
-        start, sizes = time.perf_counter(), []
-        process = subprocess.Popen(command, env=environment, stdout=output)
-        status = Path(f"/proc/{process.pid}/status")
-        while process.poll() is None:
-            sizes += re.findall(r"RssAnon:\s*(\d+) kB", status.read_text() if status.exists() else "")
-            time.sleep(0.05)
-        seconds = time.perf_counter() - start
-        if process.returncode:
-            sys.exit(f"{name}.py ended with exit code {process.returncode}")
-        output.seek(0)
-        times, counts = json.loads(output.read().splitlines()[-1])
-    return seconds, max(map(int, sizes), default=math.nan) * 1024 / 1e9, times, counts
+    start = time.perf_counter()
+    result = call_apart(run_script, name, str(family), settings)
+    return time.perf_counter() - start, *result
 
 
 def choose_texts(folder: Path, **settings: object) -> list[Text]:
@@ -309,7 +298,7 @@ def print_table(*rows: tuple) -> None:
     print(flush=True)
 
 
-def describe_run(machine: Machine, seconds: float, peak: float, times: dict, counts: dict) -> dict[str, str]:
+def describe(machine: Machine, seconds: float, times: dict, counts: dict, peak: float) -> dict[str, str]:
     """What a run of a script took: a checkpoint, and from end to end."""
     loadings = times["load_weights"]
     passes = [both - loading for both, loading in zip(times["read_unit_states"], loadings, strict=True)]
@@ -320,39 +309,38 @@ def describe_run(machine: Machine, seconds: float, peak: float, times: dict, cou
         "texts; distinct prefixes; nodes computed": "; ".join(map(str, counts.values())),
         "a checkpoint: limit to read; to multiply": f"{reading:.2f} s; {multiplying:.2f} s",
         "loading the first; others": f"{loadings[0]:.2f} s; {loading:.2f} s",
-        "passes, mean; best; a text": f"{mean:.2f} s; {best:.2f} s; {1000 * best / counts['texts']:.2f} ms",
+        "passes, mean; best; best a text": f"{mean:.2f} s; {best:.2f} s; {1000 * best / counts['texts']:.2f} ms",
         "share of the matrix rate, mean; best": f"{multiplying / mean:.0%}; {multiplying / best:.0%}",
         "loading and passes over the limit": f"{(loading + mean) / limit:.2f}",
         "end to end: seconds; over the limit": f"{seconds:.1f} s; {seconds / limit / len(passes):.2f}",
         "peak memory": f"{peak:.2f} GB",
     }
-    stages = {f"passes of {len(passes)} checkpoints": sum(passes), "loading them": sum(loadings)}
-    for stage, functions in STAGES.items():
-        stages[stage] = sum(sum(times.get(function, [])) for function in functions)
-    stages["imports and the rest"] = seconds - sum(stages.values())
-    return lines | {stage: f"{taken:.2f} s; {taken / sum(passes):.1%}" for stage, taken in stages.items()}
+    calls = {name: sum(times.get(name, [])) for name in TIMED} | {"read_unit_states": sum(passes)}
+    calls["imports and the rest"] = seconds - sum(calls.values())
+    return lines | {name: f"{taken:.2f} s; {taken / sum(passes):.1%}" for name, taken in calls.items()}
 
 
 def measure(folders: list[Path], words: int, peers: str) -> None:
     """Measures the machine, the ways to the hidden states alone, and both scripts."""
     machine = measure_machine(folders[-1])
+    texts = choose_texts(folders[-1], WORDS_PER_GROUP=words, KINDS=("word",))
+    ways = {}
+    for name in WAYS:
+        python = peers if name in ("TransformerLens", "minicons") else sys.executable
+        ways[name] = call_apart(time_way, name, str(folders[-1]), texts, python=python)
+    runs = [run_apart(name, folders, WORDS_PER_GROUP=words) for name in SCRIPTS]
+    machine = Machine(*map(max, machine, measure_machine(folders[-1])))
     print_table(
         ("machine", ""),
         ("matrix rate: oneDNN; torch's default", f"{machine.rate:.0f}; {machine.default_rate:.0f} GFLOP/s"),
         ("a checkpoint; weights of its linear layers", f"{machine.gigabytes:.2f} GB; {machine.weights:.3f} billion"),
         ("reading it; again, from the cache", f"{machine.disk:.2f}; {machine.cache:.2f} GB/s"),
     )
-    texts = choose_texts(folders[-1], WORDS_PER_GROUP=words, KINDS=("word",))
-    rows = [(f"like with like: {len(texts)} words", "loading, s", "passes, s", "ms a word", "passes over the engine's")]
-    for name in WAYS:
-        python = peers if name in ("TransformerLens", "minicons") else sys.executable
-        taken = time_way_apart(name, folders[-1], texts, python)
-        if isinstance(taken, str):
-            rows.append((name, taken, "", "", ""))
-        else:
-            rows.append((name, *taken, 1000 * taken[1] / len(texts), taken[1] / (rows[1][2] if rows[1:] else taken[1])))
+    rows = [(f"like with like: {len(texts)} words", "loading, s", "passes, s", "passes over the engine's")]
+    for name, (loading, passes) in ways.items():
+        rows.append((name, loading, passes, passes / ways["engine"][1] if passes else ""))
     print_table(*rows)
-    first, second = (describe_run(machine, *run_script(name, folders, WORDS_PER_GROUP=words)) for name in SCRIPTS)
+    first, second = (describe(machine, *run) for run in runs)
     print_table(("the scripts", *SCRIPTS), *((line, first[line], second[line]) for line in first))
 
 
@@ -362,8 +350,8 @@ def measure_kinds(folder: Path, words: int) -> None:
     for kinds in KINDS:
         texts = choose_texts(folder, WORDS_PER_GROUP=words, KINDS=kinds)
         sequences = [ids for _, ids in texts]
-        _, seconds = time_way_apart("engine", folder, texts)
-        rows.append((", ".join(kinds), len(texts), sum(map(len, sequences)), count_prefixes(sequences), seconds))
+        _, passes = call_apart(time_way, "engine", str(folder), texts)
+        rows.append((", ".join(kinds), len(texts), sum(map(len, sequences)), count_prefixes(sequences), passes))
     print_table(*rows)
 
 
@@ -372,7 +360,7 @@ def measure_growth(folders: list[Path]) -> None:
     machine = measure_machine(folders[-1])
     rows = [("words a group", "texts", "distinct prefixes", "seconds", "predicted", "peak GB")]
     for words in GROWTH:
-        seconds, peak, _, counts = run_script(SCRIPTS[0], folders, WORDS_PER_GROUP=words, MATCH_FREQUENCY=False)
+        seconds, _, counts, peak = run_apart(SCRIPTS[0], folders, WORDS_PER_GROUP=words, MATCH_FREQUENCY=False)
         passes = EFFORT * machine.weights * counts["prefixes"] / machine.rate
         predicted = START + len(folders) * (LOADING * machine.gigabytes + passes)
         rows.append((words, counts["texts"], counts["prefixes"], seconds, predicted, peak))
@@ -389,20 +377,21 @@ def main() -> None:
     parser.add_argument("--peers", default=sys.executable, help="interpreter that has the peers [this one]")
     parser.add_argument("--kinds", action="store_true", help="measure what each kind of text adds")
     parser.add_argument("--growth", action="store_true", help="measure how cost grows with the number of words")
-    parser.add_argument("--way", nargs=3, help=argparse.SUPPRESS)  # this and the next are what its processes do
-    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--call", action="store_true", help=argparse.SUPPRESS)  # what call_apart asks on stdin
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    if arguments.way or arguments.run:
-        print(json.dumps(time_way(*arguments.way) if arguments.way else run_here(*arguments.run)))
+    if arguments.call:
+        function, *of_function = json.load(sys.stdin)
+        print(json.dumps(globals()[function](*of_function)))
         return
     shape = SHAPES[arguments.shape]
     if arguments.layers:
         shape["num_hidden_layers"] = arguments.layers
     cpuinfo = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
-    print(f"Pythia-{arguments.shape} shape, {shape['num_hidden_layers']} layers, float32; {[*models, platform.processor()][0]},")
-    print(f"{os.cpu_count()} cores, torch {torch.__version__} with {torch.get_num_threads()} threads\n", flush=True)
+    print(f"Pythia-{arguments.shape}'s shape, {shape['num_hidden_layers']} layers, float32;")
+    print(f"{[*models, platform.processor()][0]}, {os.cpu_count()} cores;")
+    print(f"torch {torch.__version__} with {torch.get_num_threads()} threads\n", flush=True)
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         folders = make_family(Path(folder) / f"random_{arguments.shape}", shape, arguments.checkpoints)
         if arguments.kinds:

@@ -32,21 +32,23 @@ ous ously eous uous s ship some ters ter tion tions ty ties ual ure ution ward y
 """
 
 IMPERATIVES = """
-answer ask bake be bring bury chalk change check choose clip close compare count cover crack cut describe do don't draw
-drink dust fasten find follow forgive fry give go hand hang hire hold imagine keep latch leave let lift listen lock
-look make meet melt mist mow name never paddle park peel photograph pick pile play please point practice put read
-remember rinse roll rub run save serve set sharpen shine shut simmer sit slice slow smooth soak spend sprinkle stack
-stand stay steer stick stir stop sweep take teach tell think throw tie tilt train try turn use wait warn wash watch
-water wear whip wipe wrap
+answer ask bake be bring bury chalk change check choose clip close compare count cover crack cut describe do don't
+draw drink dust fasten find follow forgive fry give go hand hang hire hold imagine keep latch leave let lift listen
+lock look make meet melt mist mow name never paddle park peel photograph pick pile play please point practice put read
+remember rinse roll rub run save serve set sharpen shine show shut simmer sit slice slow smooth soak spend sprinkle
+stack stand stay steer stick stir stop sweep take teach tell think throw tie tilt train try turn use wait warn wash
+watch water wear whip wipe wrap
 """
 QUESTIONS = "are can could did do does has have how is was were what when where which who why will would"
-STATEMENTS = r"(Do not|What (I|we|my|our|struck|surprised)|When [a-z' ]+,)"  # they open as an imperative or a question does
+NO_QUESTIONS = r"(Do not|What (I|we|my|our|struck|surprised)|When [a-z' ]+,)"  # though they open as one
 
 # A sentence about a picture or a text takes any word: as the manner of the bases alone it would mark them.
-DEPICTION = r"""(?ix) \b (photo\w* | pictur\w* | dr[ae]w\w* | paint\w* | slides? | film\w* | movies? | novels?
-| notic\w* | mention\w* | talk\w* | blog\w* | books? | poems? | statues? | museums? | sketch\w* | portraits? | stor(y|ies)
-| articles? | magazines? | chapters? | memoirs? | pages? | podcasts? | albums? | websites? | scenes? | authors?
-| lectur\w* | speech\w* | about (\ \w+){0,2}$) \b"""
+DEPICTION = r"""(?ix) \b (
+    photo\w* | pictur\w* | draw | drawn | draws | drawing\w* | drew | paint\w* | slides? | film\w* | movies? | novels?
+    | notic\w* | mention\w* | talk\w* | blog\w* | books? | poems? | statues? | museums? | sketch\w* | portraits?
+    | stor(y|ies) | articles? | magazines? | chapters? | memoirs? | pages? | podcasts? | albums? | websites? | scenes?
+    | authors? | lectur\w* | speech\w* | about (\ \w+){0,2}$
+    ) \b"""
 
 
 def token_ids(text: str) -> list[int]:
@@ -132,7 +134,7 @@ def are_related(word: str, other: str) -> bool:
 
 
 def is_question(sentence: str) -> bool:
-    return sentence.split()[0].lower() in QUESTIONS.split() and not re.match(STATEMENTS, sentence)
+    return sentence.split()[0].lower() in QUESTIONS.split() and not re.match(NO_QUESTIONS, sentence)
 
 
 def is_imperative(sentence: str) -> bool:
@@ -320,4 +322,4 @@ def test_words_hardly_tell_the_base(entries: dict) -> None:
                 score += math.log(4 * in_bases / in_others)
             scores[place == 0].append(score)
     better = [base > other for base in scores[True] for other in scores[False]]
-    assert mean(better) < 0.67  # area under the ROC curve; 0.5 is chance
+    assert mean(better) < 0.65  # area under the ROC curve; 0.5 is chance

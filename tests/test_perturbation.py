@@ -26,6 +26,7 @@ from test_convergence import cosine, gpt_neox_tokenizer, link, write
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXModel
 
 SCRIPT = Path(__file__).resolve().parents[1] / "multitoken_context_perturbation.py"
+SCRIPT_TEXT = SCRIPT.read_text(encoding="utf-8")
 CONTEXTS_FILE = SCRIPT.with_name("multitoken_words_contexts.json")
 ENTRIES = json.loads(CONTEXTS_FILE.read_text(encoding="utf-8"))
 STEPS = [0, 1, 2, 4, 8, 16, 32]
@@ -151,7 +152,7 @@ def read_csv(file: Path) -> list[dict[str, str]]:
 def place(folder: Path, contexts: object = DOZEN, **settings: object) -> Path:
     """Puts a copy of the script, with some constants set, and a file of contexts into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = SCRIPT.read_text(encoding="utf-8")
+    text = SCRIPT_TEXT
     for name, value in ({"WORDS_TO_PLOT": 0, "BOOTSTRAP_RESAMPLES": 200} | settings).items():
         text, count = re.subn(rf"(?m)^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, text)
         assert count == 1, name
@@ -196,7 +197,8 @@ def naive_states(folder: Path, texts: set[str], prepend_bos: bool) -> dict[str, 
     torch.set_num_threads(1)  # as many as the scripts have
     with torch.inference_mode():
         for text in texts:
-            layers = model(torch.tensor([start + token_ids(text)]), output_hidden_states=True).hidden_states
+            sequence = torch.tensor([start + token_ids(text)])
+            layers = model(sequence, logits_to_keep=1, output_hidden_states=True).hidden_states
             states[text] = np.array([layer[0, -1].numpy() for layer in layers])
     return states
 
@@ -244,7 +246,8 @@ def naive_means(
     without = {name: np.isnan(profiles[name][0, 0, words]) for name in ("P1", "P2")}
     both = words[~without["P1"] & ~without["P2"]]
     P1, P2, P12 = (mean_over_words(profiles[name], both) for name in ("P1", "P2", "P12"))
-    varying = np.where(1 - P12 < least_varying, np.nan, 1 - P12)
+    varying = 1 - P12
+    varying[varying < least_varying] = np.nan
     return {
         "P1": mean_over_words(profiles["P1"], words[~without["P1"]]),
         "P2": mean_over_words(profiles["P2"], words[~without["P2"]]),
@@ -302,8 +305,8 @@ def assert_like_naive(run: Run, steps: list[int], words: list[str], naive: dict[
                 assert gain[int(peak["layer"])] == pytest.approx(peak["gain"], abs=2 * np.nanmax(tolerance[1:]))
 
 
-def assert_figures(run: Run, sizes: Iterable[int], words: int, empty: Iterable[str] = ()) -> None:
-    """The figures of these numbers of tokens and of so many words are there, and something is drawn on each."""
+def assert_figures(run: Run, sizes: Iterable[int], words: int, faint: Iterable[str] = ()) -> None:
+    """The figures of these numbers of tokens and of so many words are there, and on all but the faint something is drawn."""
     figures = run.figures()
     drawn = {name for name in figures if re.fullmatch(r"words/\d+_tokens_.+\.png", name)}
     assert figures - drawn == FIGURES | {f"mean_{tokens}_tokens.png" for tokens in sizes}
@@ -312,7 +315,7 @@ def assert_figures(run: Run, sizes: Iterable[int], words: int, empty: Iterable[s
         pixels = np.asarray(Image.open(run.results / name).convert("RGB")).astype(int)
         assert min(pixels.shape[:2]) >= 300, name
         coloured = np.ptp(pixels, axis=-1) > 40
-        assert (coloured.mean() > 0.002) == (name not in empty), name
+        assert coloured.mean() > 0.002 or name in faint, name
 
 
 @pytest.fixture(scope="module")
@@ -418,12 +421,13 @@ def test_token_embeddings_are_the_same(main_run: Run) -> None:
     for step in STEPS:
         for name in ("P1", "P2", "P12"):
             values = main_run.arrays(step)[name]
-            assert np.abs(values[0] - 1).max() < 1e-6 and values[1:].max() < 1 - 1e-6
+            assert np.abs(values[0] - 1).max() < 1e-6
+            assert step > 2 or values[1:].max() < 1 - 1e-5  # later, the young model's states are all but one
     for (*_, layer), row in main_run.rows().items():
         assert layer > 0 or row["unrelated"] < 0.9
     for (*_, step, layer), row in main_run.means().items():
         varying = 1 - row["P12"]
-        assert step > 2 or (varying > 2e-4) == (layer > 0)  # later, the young model's states are all but one
+        assert step > 2 or (varying > 1e-4) == (layer > 0)
         if abs(varying - 1e-4) > 2e-6:
             for name in SHARES:
                 assert all(np.isnan(row[name + end]) == (varying < 1e-4) for end in ("", "_low", "_high"))
@@ -516,7 +520,7 @@ def bootstrap(run: Run, clusters: list[list[int]]) -> dict[str, np.ndarray]:
         words = []
         for drawn in rng.integers(len(clusters), size=len(clusters)):
             words += clusters[drawn]
-        of_draw = naive_means(profiles, words, least_varying=0)
+        of_draw = naive_means(profiles, words, least_varying=1e-6)
         for name in MEANS:
             means[name].append(of_draw[name])
     return {name: np.array(values) for name, values in means.items()}
@@ -657,9 +661,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     result = run(place(folder / "here", planted_entries()), folder / "planted")
     assert result.code == 0, result.err
     [copies] = result.warnings()
-    assert copies.startswith(
-        "steps 0 and 1, 2, 3 have the same hidden states up to layer 0 of 3"
-    )  # all are embedded alike
+    assert copies.startswith("steps 0 and 1, 2, 3 have the same hidden states up to layer 0 of 3")  # as they have
     return result
 
 
@@ -855,21 +857,31 @@ def test_what_is_missing_is_empty(study: Run) -> None:
         assert np.isnan(row["P2"]) == np.isnan(row["P12"]) == np.isnan(row["P1-P2"]) == (tokens not in perturbed)
 
 
-def test_a_value_has_its_interval(study: Run) -> None:
-    """Though some resamples have no word with the value, or with the shares that a peak is found in."""
-    for key, row in study.means().items():
-        for name in MEANS:
-            assert np.isnan(row[f"{name}_low"]) == np.isnan(row[f"{name}_high"]) == np.isnan(row[name]), (key, name)
-    known = 0
-    for key, peak in study.peaks().items():
-        assert len({np.isnan(value) for value in peak.values()}) == 1, key
-        assert not any(peak[name] == 0 for name in ("layer", "layer_low", "layer_high")), key
-        known += not np.isnan(peak["gain"])
-    assert known == 2 and "nan" not in study.out
+def test_a_value_has_an_interval_if_last_tokens_can_be_drawn(study: Run, any_length: Run) -> None:
+    """Of those of the words that have the value: where that is one alone, nothing is known of how it varies."""
+    for result, same_length in ((study, True), (any_length, False)):
+        last_tokens = {name: {} for name in ("P1", "P2", "both")}  # by number of tokens
+        for word, entry in study_entries(same_length).items():
+            has = {"P1": len(entry["sentences"]) > 1, "P2": bool(entry["replaced_sentences"])}
+            for name, present in (*has.items(), ("both", all(has.values()))):
+                for group in (str(size(word)), "all"):
+                    last_tokens[name].setdefault(group, set()).update([last_token(word)] * present)
+        for (group, *_), row in result.means().items():
+            for name in MEANS:
+                drawn_from = last_tokens[name if name in ("P1", "P2") else "both"][group]
+                bounds = np.isnan(row[f"{name}_low"]), np.isnan(row[f"{name}_high"])
+                assert bounds == (np.isnan(row[name]) or len(drawn_from) < 2,) * 2, (group, name)
+        for (group, *_), peak in result.peaks().items():
+            assert np.isnan(peak["layer"]) == np.isnan(peak["gain"]) == (not last_tokens["both"][group]), group
+            for name in ("layer", "gain"):
+                bounds = np.isnan(peak[f"{name}_low"]), np.isnan(peak[f"{name}_high"])
+                assert bounds == (len(last_tokens["both"][group]) < 2,) * 2, group
+            assert not any(peak[name] == 0 for name in ("layer", "layer_low", "layer_high")), group
+    assert len(last_tokens["both"]["2"]) == 2  # lighthouse and beetles
 
 
 def test_each_word_has_a_safe_distinct_file_name(study: Run) -> None:
-    assert_figures(study, set(map(size, STUDY)), words=len(STUDY))
+    assert_figures(study, set(map(size, STUDY)), words=len(STUDY), faint=["peaks.png"])  # which has one step
     names = [file.name for file in (study.results / "words").iterdir()]
     for name in names:
         assert len(name.encode()) <= 120, name
@@ -904,7 +916,7 @@ def test_single_word(miniature: Path, tmp_path: Path) -> None:
     empty, unknown = result.warnings()
     assert empty.startswith("P2 is empty for 1 of 1 words") and empty.endswith(": turtles")
     assert "WORDS_TO_PLOT" in unknown and unknown.endswith(": lighthouse")
-    assert_figures(result, [2], words=1, empty=["shares.png", "peaks.png"])
+    assert_figures(result, [2], words=1, faint=["shares.png", "peaks.png"])
     assert "words/2_tokens_turtles.png" in result.figures()
     naive = naive_profiles(family, [0, 8], {"turtles": STUDY["turtles"] | {"replaced_sentences": []}})
     naive.pop("unrelated")
@@ -1143,10 +1155,8 @@ def test_hidden_states_that_are_not_finite(miniature: Path, tmp_path: Path) -> N
     write(file, weights)
     result = run(place(tmp_path / "here"), family)
     line = error_line(result)
-    [named] = re.findall(
-        rf"step ?2, layer 0: the hidden state of ['\"](.*)['\"]? is not finite.* {family / 'step2'}", line
-    )
+    assert re.search("step ?2, layer 0: ", line) and str(family / "step2") in line
     texts = {text for entry in DOZEN.values() for kind in entry.values() for text in kind}
-    assert any(text.startswith(named.strip("'\"")) and token_ids(text)[-1] == broken for text in texts)
+    assert any(f"{text!r:.60}" in line for text in texts if token_ids(text)[-1] == broken)
     assert set(result.kept()) == {0, 1}
     assert not (result.results / "perturbation.csv").exists()
