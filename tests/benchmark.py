@@ -16,11 +16,11 @@ Both are measured before all else and after it, and the better counts. Embedding
 they are not counted, as they are in the usual 2 x parameters x tokens.
 
 Like with like: the hidden states alone, in every layer, of the words of kind `word`, for one checkpoint, each way in a
-process of its own. `engine` is the scripts': all words packed into prefix trees and passed, the second time counts.
-`naive` is one word at a time through GPTNeoXForCausalLM. TransformerLens (the residual stream only) and minicons (the
-mean over the tokens of a word) take batches of 64 words of equal length, in PYTHON, an interpreter that has
-tests/benchmark_requirements.txt installed. These three work for SAMPLE_SECONDS on batches in random order; what they
-take for all words is extrapolated from that in proportion.
+process of its own. `engine` is the scripts': all words packed into prefix trees and passed, again and again. `naive` is
+one word at a time through GPTNeoXForCausalLM. TransformerLens (the residual stream only) and minicons (the mean over
+the tokens of a word) take batches of 64 words of equal length, in PYTHON, an interpreter that has
+tests/benchmark_requirements.txt installed. After a batch to warm up each works for SAMPLE_SECONDS, on batches in random
+order; what it takes for all words follows from that in proportion.
 
 The scripts, from end to end: each as a process, weights read from disk, with its own settings but for the words, so
 with all kinds of text, imports, checks, statistics and figures. Its functions are timed where they are called: first
@@ -63,7 +63,7 @@ SHAPES = {
     "6.9b": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "vocab_size": 50_432},
     "12b": {"num_hidden_layers": 36, "hidden_size": 5120, "num_attention_heads": 40, "vocab_size": 50_688},
 }
-SAMPLE_SECONDS = 25  # for the naive loop and each peer, which end earlier if they have done all words
+SAMPLE_SECONDS = 25  # for each way, which ends earlier if it has done all words
 PEER_BATCH = 64  # words in a batch of a peer
 KINDS = (("word",), ("word", "recombined"), ("word", "carried"), ("word", "recombined", "carried"))
 GROWTH = (125, 500, 2000, 8000)  # words a group, at most
@@ -81,12 +81,12 @@ Text = tuple[str, tuple[int, ...]]  # a text as the model reads it, and its toke
 
 
 class Machine(NamedTuple):
-    gigabytes: float  # of a checkpoint
-    disk: float  # GB/s; cache: when it is read again
-    cache: float
-    weights: float  # of the linear layers, in billions
-    default_rate: float  # GFLOP/s of their products, by torch's default; rate: as in the scripts
-    rate: float
+    checkpoint_gb: float
+    disk_gb_s: float
+    cache_gb_s: float  # when it is read again
+    linear_weights_billion: float
+    default_gflop_s: float  # of their products, by torch's default
+    onednn_gflop_s: float  # as in the scripts
 
 
 def make_family(family: Path, shape: dict[str, int], checkpoints: int) -> list[Path]:
@@ -200,13 +200,14 @@ def time_way(name: str, folder: str, texts: list[Text]) -> list:
     except Exception as error:  # it is not installed, or cannot read the checkpoint
         return [f"not run: {error}", ""]
     loading = time.perf_counter() - start
-    batches = [texts]
-    if name != "engine":
-        size, batches = 1 if name == "naive" else PEER_BATCH, []
-        for length in {len(ids) for _, ids in texts}:
-            alike = [text for text in texts if len(text[1]) == length]
-            batches += [alike[first : first + size] for first in range(0, len(alike), size)]
-        random.Random(0).shuffle(batches)
+    size = 1 if name == "naive" else PEER_BATCH
+    batches = []
+    for length in {len(ids) for _, ids in texts}:
+        alike = [text for text in texts if len(text[1]) == length]
+        batches += [alike[first : first + size] for first in range(0, len(alike), size)]
+    random.Random(0).shuffle(batches)
+    if name == "engine":  # it makes its own batches
+        batches = [texts] * 100
     run(batches[0])
     done, start = 0, time.perf_counter()
     for batch in batches:
@@ -257,24 +258,22 @@ def run_script(name: str, family: str, settings: dict) -> tuple[dict, dict, floa
 
 
 def call_apart(function: Callable, name: str, *arguments: object, python: str = sys.executable) -> list:
-    """Calls a function in a process of its own."""
+    """Calls a function in a process of its own. Returns the seconds of that, and what the function returned."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     if name in ("engine", *SCRIPTS):
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the scripts set it before they import torch
-    question = json.dumps([function.__name__, name, *arguments])
-    command = [python, __file__, "--call"]
-    process = subprocess.run(command, env=environment, input=question, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(process.stdout.splitlines()[-1])
+    how = {"env": environment, "input": json.dumps([function.__name__, name, *arguments]), "text": True, "check": True}
+    start = time.perf_counter()
+    process = subprocess.run([python, __file__, "--call"], stdout=subprocess.PIPE, **how)
+    return [time.perf_counter() - start, *json.loads(process.stdout.splitlines()[-1])]
 
 
-def run_apart(name: str, folders: list[Path], **settings: object) -> tuple[float, dict, dict, float]:
-    """The same with run_script. Returns the seconds from end to end, too."""
+def run_apart(name: str, folders: list[Path], **settings: object) -> list:
+    """The same with run_script, weights read from disk."""
     family = folders[0].parent
     settings |= {"DEVICE": "cpu", "RESULTS_DIR": tempfile.mkdtemp(dir=family.parent)}
     forget(folders)
-    start = time.perf_counter()
-    result = call_apart(run_script, name, str(family), settings)
-    return time.perf_counter() - start, *result
+    return call_apart(run_script, name, str(family), settings)
 
 
 def choose_texts(folder: Path, **settings: object) -> list[Text]:
@@ -303,7 +302,8 @@ def describe(machine: Machine, seconds: float, times: dict, counts: dict, peak: 
     loadings = times["load_weights"]
     passes = [both - loading for both, loading in zip(times["read_unit_states"], loadings, strict=True)]
     best, mean, loading = min(passes), sum(passes) / len(passes), sum(loadings[1:]) / len(loadings[1:])
-    reading, multiplying = machine.gigabytes / machine.disk, 2 * machine.weights * counts["prefixes"] / machine.rate
+    reading = machine.checkpoint_gb / machine.disk_gb_s
+    multiplying = 2 * machine.linear_weights_billion * counts["prefixes"] / machine.onednn_gflop_s
     limit = max(reading, multiplying)
     lines = {
         "texts; distinct prefixes; nodes computed": "; ".join(map(str, counts.values())),
@@ -327,15 +327,10 @@ def measure(folders: list[Path], words: int, peers: str) -> None:
     ways = {}
     for name in WAYS:
         python = peers if name in ("TransformerLens", "minicons") else sys.executable
-        ways[name] = call_apart(time_way, name, str(folders[-1]), texts, python=python)
+        _, *ways[name] = call_apart(time_way, name, str(folders[-1]), texts, python=python)
     runs = [run_apart(name, folders, WORDS_PER_GROUP=words) for name in SCRIPTS]
     machine = Machine(*map(max, machine, measure_machine(folders[-1])))
-    print_table(
-        ("machine", ""),
-        ("matrix rate: oneDNN; torch's default", f"{machine.rate:.0f}; {machine.default_rate:.0f} GFLOP/s"),
-        ("a checkpoint; weights of its linear layers", f"{machine.gigabytes:.2f} GB; {machine.weights:.3f} billion"),
-        ("reading it; again, from the cache", f"{machine.disk:.2f}; {machine.cache:.2f} GB/s"),
-    )
+    print_table(("machine", ""), *((name, f"{value:.3g}") for name, value in machine._asdict().items()))
     rows = [(f"like with like: {len(texts)} words", "loading, s", "passes, s", "passes over the engine's")]
     for name, (loading, passes) in ways.items():
         rows.append((name, loading, passes, passes / ways["engine"][1] if passes else ""))
@@ -350,7 +345,7 @@ def measure_kinds(folder: Path, words: int) -> None:
     for kinds in KINDS:
         texts = choose_texts(folder, WORDS_PER_GROUP=words, KINDS=kinds)
         sequences = [ids for _, ids in texts]
-        _, passes = call_apart(time_way, "engine", str(folder), texts)
+        *_, passes = call_apart(time_way, "engine", str(folder), texts)
         rows.append((", ".join(kinds), len(texts), sum(map(len, sequences)), count_prefixes(sequences), passes))
     print_table(*rows)
 
@@ -361,10 +356,10 @@ def measure_growth(folders: list[Path]) -> None:
     rows = [("words a group", "texts", "distinct prefixes", "seconds", "predicted", "peak GB")]
     for words in GROWTH:
         seconds, _, counts, peak = run_apart(SCRIPTS[0], folders, WORDS_PER_GROUP=words, MATCH_FREQUENCY=False)
-        passes = EFFORT * machine.weights * counts["prefixes"] / machine.rate
-        predicted = START + len(folders) * (LOADING * machine.gigabytes + passes)
+        passes = EFFORT * machine.linear_weights_billion * counts["prefixes"] / machine.onednn_gflop_s
+        predicted = START + len(folders) * (LOADING * machine.checkpoint_gb + passes)
         rows.append((words, counts["texts"], counts["prefixes"], seconds, predicted, peak))
-    print(f"{len(folders)} checkpoints, {machine.rate:.0f} GFLOP/s")
+    print(f"{len(folders)} checkpoints, {machine.onednn_gflop_s:.0f} GFLOP/s")
     print_table(*rows)
 
 

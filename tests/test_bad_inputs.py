@@ -780,9 +780,7 @@ def test_a_terminal_that_shows_ascii_only(miniature: Path, tmp_path: Path, scrip
     """And obeys control characters; without a home; and with half of what torchrun sets: a run by itself, and whole."""
     family = "fämily 日\x1b[31m\r"
     case = simple(script, spoil=lambda folder: folder.rename(folder.with_name(family)), arguments=(family,))
-    case.settings |= {CONVERGENCE: {"MIN_GROUP_SIZE": 4}, PERTURBATION: {"WORDS_TO_PLOT": ["naïve", "\x1b[31m"]}}[
-        script
-    ]
+    case.settings |= {"MIN_GROUP_SIZE": 4} if script == CONVERGENCE else {"WORDS_TO_PLOT": ["naïve", "\x1b[31m"]}
     case.inputs[WORDS] = words(*ONE_TOKEN, *TWO_TOKENS, "naïve", "日本", "\x1b[31mred")[WORDS]
     naïve = {"sentences": ["日本 \x1b[31m naïve", "Größe ist naïve"], "replaced_sentences": ["日本 \x1b[31m no"]}
     case.inputs[CONTEXTS] = contexts(naïve=naïve, **{"\x1b[32mgreen": LEDGE})

@@ -306,7 +306,10 @@ def assert_like_naive(run: Run, steps: list[int], words: list[str], naive: dict[
 
 
 def assert_figures(run: Run, sizes: Iterable[int], words: int, faint: Iterable[str] = ()) -> None:
-    """The figures of these numbers of tokens and of so many words are there, and on all but the faint something is drawn."""
+    """The figures of these numbers of tokens and of so many words are there.
+
+    Something is drawn on each, but for the faint ones.
+    """
     figures = run.figures()
     drawn = {name for name in figures if re.fullmatch(r"words/\d+_tokens_.+\.png", name)}
     assert figures - drawn == FIGURES | {f"mean_{tokens}_tokens.png" for tokens in sizes}
@@ -660,8 +663,8 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Run:
         plant(folder / "planted" / f"step{step}", *parts)
     result = run(place(folder / "here", planted_entries()), folder / "planted")
     assert result.code == 0, result.err
-    [copies] = result.warnings()
-    assert copies.startswith("steps 0 and 1, 2, 3 have the same hidden states up to layer 0 of 3")  # as they have
+    [copies] = result.warnings()  # all steps embed tokens alike
+    assert copies.startswith("steps 0 and 1, 2, 3 have the same hidden states up to layer 0 of 3")
     return result
 
 
