@@ -527,9 +527,7 @@ def build_model(config: GPTNeoXConfig, device: torch.device) -> GPTNeoXModel:
     with torch.device("meta"):  # so that no time goes into random weights
         model = GPTNeoXModel(config)
     model.to_empty(device=device).eval()
-    model.rotary_emb = type(model.rotary_emb)(config).to(
-        device
-    )  # its frequencies are no weights: load_weights has none
+    model.rotary_emb = type(model.rotary_emb)(config).to(device)  # its frequencies are in no file
     linear_layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     for layer in linear_layers:
         layer.to(getattr(torch, DTYPE))
@@ -693,7 +691,8 @@ def open_results(family: Path) -> tuple[Path, list[str]]:
             f"{results} holds the results of {earlier.get('family')}: rename one of the families, or set another "
             f"RESULTS_DIR; if {family} is the same family, moved, delete {record}"
         )
-    return results, earlier.get("figures", [])
+    figures = earlier.get("figures")
+    return results, figures if isinstance(figures, list) else []
 
 
 def record_run(results: Path, family: Path, figures: list[str]) -> None:
@@ -1047,7 +1046,7 @@ def say_answer(steps: list[int], curves: list[Curve]) -> None:
     for curve in curves[:-1]:
         layer, layer_low, layer_high, gain, low, high = find_peaks(curve)
         if np.isnan(gain).all():
-            say(f"  {name_tokens(curve.tokens):9} none: no word has both contexts and perturbed versions")
+            say(f"  {name_tokens(curve.tokens):9} none: there are no shares")
             continue
         highest, last = int(np.nanargmax(gain)), len(steps) - 1
         for when, index in (("highest", highest), ("at the end", last)):

@@ -512,7 +512,9 @@ def choose_curves(words: dict[str, float], tokenizer: Tokenizer, config: GPTNeoX
                 texts = recombine(group, tokenizer, decoded)
             if kind == "carried":
                 if len(carrier) < tokens:
-                    raise Problem(f"CARRIER has {len(carrier)} tokens, too few for words of {name_tokens(tokens)}")
+                    raise Problem(
+                        f"CARRIER has {name_tokens(len(carrier))}, too few for words of {name_tokens(tokens)}"
+                    )
                 texts = [text._replace(token_ids=carrier[tokens - 1 :] + text.token_ids) for text in group]
             start, end = end, end + len(texts)
             curves.append(Curve(tokens, kind, texts, slice(start, end), {}))
@@ -583,9 +585,7 @@ def build_model(config: GPTNeoXConfig, device: torch.device) -> GPTNeoXModel:
     with torch.device("meta"):  # so that no time goes into random weights
         model = GPTNeoXModel(config)
     model.to_empty(device=device).eval()
-    model.rotary_emb = type(model.rotary_emb)(config).to(
-        device
-    )  # its frequencies are no weights: load_weights has none
+    model.rotary_emb = type(model.rotary_emb)(config).to(device)  # its frequencies are in no file
     linear_layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     for layer in linear_layers:
         layer.to(getattr(torch, DTYPE))
@@ -808,7 +808,8 @@ def open_results(family: Path) -> tuple[Path, list[str]]:
             f"{results} holds the results of {earlier.get('family')}: rename one of the families, or set another "
             f"RESULTS_DIR; if {family} is the same family, moved, delete {record}"
         )
-    return results, earlier.get("figures", [])
+    figures = earlier.get("figures")
+    return results, figures if isinstance(figures, list) else []
 
 
 def record_run(results: Path, family: Path, figures: list[str]) -> None:
@@ -909,9 +910,10 @@ def tabulate(
     sums = {}  # each (1 + resamples, steps, layers + 1)
     for name in ("similarity", "covariance", "variance"):
         sums[name] = np.tensordot(weights, contributions[name][..., curve.rows], (1, 2))
-    similarity = sums["similarity"] / weights.sum(1)[:, None, None]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        centred = sums["covariance"] / np.sqrt(sums["variance"] * sums["variance"][:, -1:])
+    counted = weights.sum(1)[:, None, None]
+    similarity = sums["similarity"] / counted
+    variance = np.where(sums["variance"] < 1e-8 * counted, np.nan, sums["variance"])  # of one vector: rounding errors
+    centred = sums["covariance"] / np.sqrt(variance * variance[:, -1:])
     table = {"similarity": similarity[0], "centred": centred[0]}
     table["similarity_low"], table["similarity_high"] = interval(similarity)
     table["centred_low"], table["centred_high"] = interval(centred)
@@ -1190,7 +1192,13 @@ def say_answer(curves: list[Curve], contrasts: list[Contrast]) -> None:
         say(f"ratio of half-way steps [95 % interval] in layer {middle}")
     for curve, other, ratio in contrasts:
         low, high = interval(ratio[:, middle])
-        verdict = "later" if low > 1 else "earlier" if high < 1 else "no difference shown"
+        verdict = "no difference shown"
+        if low > 1:
+            verdict = "later"
+        elif high < 1:
+            verdict = "earlier"
+        elif np.isnan([low, high]).any():
+            verdict = "no interval, too few last tokens"
         names = f"{name_tokens(curve.tokens)} {curve.kind} over {name_tokens(other.tokens)} {other.kind}"
         say(f"  {names:40} {ratio[0, middle]:.2f} [{low:.2f}, {high:.2f}]: {verdict}")
 
