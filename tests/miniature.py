@@ -1,8 +1,8 @@
 """Trains a miniature of Pythia and saves its history as a family of checkpoints.
 
 Run as `python tests/miniature.py`: in less than two minutes on one thread it writes `miniature_checkpoints/` beside
-the scripts, with the folders step0, step1, step2, step4 ... and the last step. `python tests/miniature.py 20` trains
-for about twenty minutes, which gives a better model. Minutes stand for a number of steps, not for the clock: a slow or
+the scripts, with the folders step0, step1, step2, step4 ... and the last step. `python tests/miniature.py 6` trains for
+about six minutes, to a lower loss. Minutes stand for a number of steps, not for the clock: a slow or
 busy machine takes longer over the same steps, and a second run writes the same bytes.
 
 The model has Pythia's architecture (GPT-NeoX) and the real GPT-NeoX-20B tokenizer. The text is Shakespeare's, a speech

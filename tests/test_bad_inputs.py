@@ -370,7 +370,7 @@ CASES = {
         words(*("q-" * 149 + f"{letter}-" for letter in "qrst")),
     ),
     "carrier_is_too_short": Case(
-        *(CONVERGENCE, ["CARRIER has 1 tokens", "words of 2 tokens"]),
+        *(CONVERGENCE, ["CARRIER has 1 token,", "words of 2 tokens"]),
         {"GROUPS": (2,), "MIN_GROUP_SIZE": 4, "CARRIER": "The"},
         words(*TWO_TOKENS),
     ),
