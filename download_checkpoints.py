@@ -57,12 +57,12 @@ WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors
 RECORD = ".published.json"  # in a whole checkpoint: {"model", "revision", "commit", "files": {name: [bytes, hash]}}
 
 
-class Failure(Exception):
+class Problem(Exception):
     """What is wrong, where, and what to do, in one line."""
 
 
 def check_settings() -> None:
-    """Raises Failure at the first setting that makes no sense."""
+    """Raises Problem at the first setting that makes no sense."""
     steps = list(STEPS) if isinstance(STEPS, (list, tuple, range)) else []
     model_right = isinstance(MODEL_ID, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", MODEL_ID, re.ASCII)
     whole_steps = all(type(step) is int and step >= 0 for step in steps)
@@ -76,7 +76,7 @@ def check_settings() -> None:
         ("TIMEOUT", type(TIMEOUT) in (int, float) and TIMEOUT > 0, "a number of seconds above 0"),
     ):
         if not right:
-            raise Failure(f"{name} = {globals()[name]!r} must be {rule}")
+            raise Problem(f"{name} = {globals()[name]!r} must be {rule}")
 
 
 def one_line(text: str) -> str:
@@ -107,14 +107,14 @@ def is_transient(error: Exception) -> bool:
     """Whether another try may help: not if the request, the answer or this machine (an errno) is wrong."""
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    lasting = (Failure, errors.OfflineModeIsEnabled, ImportError, LookupError, TypeError, ValueError)
+    lasting = (Problem, errors.OfflineModeIsEnabled, ImportError, LookupError, TypeError, ValueError)
     return not isinstance(error, lasting) and getattr(error, "errno", None) is None
 
 
 def explain(error: Exception) -> str:
     """What is wrong and what to do, in one line."""
     hub, text = constants.ENDPOINT, f"{type(error).__name__}: {error}".removesuffix(": ")
-    if isinstance(error, Failure):
+    if isinstance(error, Problem):
         text = str(error)
     elif isinstance(error, errors.GatedRepoError):
         text = f"{MODEL_ID} is gated: accept its terms on {hub}/{MODEL_ID}, then run `hf auth login` or set HF_TOKEN"
@@ -195,7 +195,7 @@ def look_up(step: int) -> tuple[str, dict[str, list]]:
     if not weights:
         lacking.append("weights")
     if lacking:
-        raise Failure(f"carries no {' and no '.join(lacking)}")
+        raise Problem(f"carries no {' and no '.join(lacking)}")
     files = {}
     for name in (*SMALL_FILES, *weights):
         if name in published:
@@ -206,7 +206,7 @@ def look_up(step: int) -> tuple[str, dict[str, list]]:
                 file = get_hf_file_metadata(hf_hub_url(MODEL_ID, name, revision=info.sha))
                 files[name] = [file.size, file.etag]
             if not is_checkable(*files[name]):
-                raise Failure(f"{constants.ENDPOINT} gives no size or no checksum of {name}")
+                raise Problem(f"{constants.ENDPOINT} gives no size or no checksum of {name}")
     return info.sha, files
 
 
@@ -258,7 +258,7 @@ def recorded(checkpoint: Path) -> dict[str, list]:
     except Exception:  # whatever is wrong with it, it is no record
         return {}
     if model != MODEL_ID:
-        raise Failure(f"{checkpoint} is a checkpoint of {model}, not of {MODEL_ID}: set another CHECKPOINTS_DIR")
+        raise Problem(f"{checkpoint} is a checkpoint of {model}, not of {MODEL_ID}: set another CHECKPOINTS_DIR")
     return files if right and weight_files(files) else {}
 
 
@@ -311,7 +311,7 @@ class Bar(tqdm):
     def update(self, received: float = 1) -> bool | None:
         self.left -= received
         if self.left < 0:
-            raise Failure(f"{self.name} is longer than published: suspect the mirror or the proxy")
+            raise Problem(f"{self.name} is longer than published: suspect the mirror or the proxy")
         return super().update(received)
 
 
@@ -358,7 +358,7 @@ def fetch_all(plan: dict[int, tuple[str, dict[str, list]]], folder: Path) -> dic
             print(f"another run fetches into {folder}: waiting for its end", flush=True)
             held.enter_context(WeakFileLock(unfinished / "lock"))
         except OSError as error:
-            raise Failure(f"cannot write into {folder} ({error.strerror}): set another CHECKPOINTS_DIR") from error
+            raise Problem(f"cannot write into {folder} ({error.strerror}): set another CHECKPOINTS_DIR") from error
         remove_fragments(folder)
         todo = [step for step in plan if not is_whole(folder / f"step{step}")]  # another run may have fetched some
         left = 0.0  # GB
@@ -370,7 +370,7 @@ def fetch_all(plan: dict[int, tuple[str, dict[str, list]]], folder: Path) -> dic
         free = shutil.disk_usage(folder).free / 1e9
         print(f"{len(todo)} to complete: {left:.2f} GB to fetch, {free:.2f} GB free", flush=True)
         if left > free:
-            raise Failure(f"{left:.2f} GB to fetch, {free:.2f} GB free in {folder}: make room or choose fewer STEPS")
+            raise Problem(f"{left:.2f} GB to fetch, {free:.2f} GB free in {folder}: make room or choose fewer STEPS")
 
         def state_of(step: int) -> str:
             try:
@@ -408,9 +408,9 @@ def run() -> None:
             states[step] = explain(error)
             lacking.append(f"step{step} ({states[step]})")
             busy = isinstance(error, errors.HfHubHTTPError) and error.response.status_code >= 500
-            if not busy and not isinstance(error, (Failure, errors.RevisionNotFoundError)):
+            if not busy and not isinstance(error, (Problem, errors.RevisionNotFoundError)):
                 names = listed([f"step{step}" for step in missing])  # whose look-ups would end the same
-                raise Failure(f"{states[step]}; not whole yet: {names}") from error
+                raise Problem(f"{states[step]}; not whole yet: {names}") from error
     if lacking:
         warn(f"not available from {MODEL_ID}: {', '.join(lacking)}")
     report_shared(published)
@@ -423,7 +423,7 @@ def run() -> None:
         print(f"{step:>8}  {f'{size / 1e9:.2f} GB' if size else '-':>9}  {states[step]}", flush=True)
     failed = [step for step in steps if not states[step].startswith("whole")]
     if failed:
-        raise Failure(f"{len(failed)} of {len(steps)} checkpoints are not whole in {folder}: see the table, run again")
+        raise Problem(f"{len(failed)} of {len(steps)} checkpoints are not whole in {folder}: see the table, run again")
 
 
 def main() -> None:
@@ -436,15 +436,15 @@ def main() -> None:
         if sys.argv[1:] in (["-h"], ["--help"]):
             print(__doc__, flush=True)
         elif sys.argv[1:]:
-            raise Failure(f"unrecognized arguments: {' '.join(sys.argv[1:])}")
+            raise Problem(f"unrecognized arguments: {' '.join(sys.argv[1:])}")
         else:
             check_settings()
             run()
         code = 0
     except KeyboardInterrupt:
-        print("\ninterrupted: whole files are kept, run again to go on", file=sys.stderr)
+        print("\ninterrupted: whole files are kept, run again to continue", file=sys.stderr)
         code = 130
-    except (Failure, OSError) as error:
+    except (Problem, OSError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
     os._exit(code)  # now: an ordinary exit waits for the downloads and look-ups under way
 

@@ -636,7 +636,7 @@ def measure(
 
 def contribution_keys(checkpoints: dict[int, Path], fingerprints: dict[int, list], inputs: list) -> dict[int, str]:
     """For each step, a digest of all that its contribution depends on, the code that measures it included."""
-    functions = (read_weights, load_weights, encode, prefix_trees, onednn_linear, onednn_mlp, build_model)
+    functions = (read_weights, load_weights, prefix_trees, onednn_linear, onednn_mlp, build_model)
     functions += (read_unit_states, contribution_of, measure)
     code = [inspect.getsource(function) for function in functions]
     shared = [code, torch.__version__, transformers.__version__, inputs]
@@ -722,8 +722,10 @@ def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
     for later in range(1, len(steps)):
         depths = []  # how many layers, from 0 upwards, agree with each earlier step
         for earlier in range(later):
-            differ = (values[earlier] != values[later]) & ~np.isnan(values[later])  # (layers + 1, texts)
-            depths.append(np.argmax([*differ.any(1), True]))
+            one, other, depth = values[earlier], values[later], 0
+            while depth < len(one) and np.array_equal(one[depth], other[depth], equal_nan=True):
+                depth += 1
+            depths.append(depth)
         if max(depths) > 0:
             copies[steps[depths.index(max(depths))], max(depths)].append(steps[later])
     layers = values.shape[1] - 1
@@ -745,11 +747,12 @@ def resample(last_tokens: list[int], seed: int) -> np.ndarray:
     _, clusters = np.unique(last_tokens, return_inverse=True)
     count = clusters.max() + 1
     rng = np.random.default_rng([SEED, seed])
-    counts = [np.ones(count)]
-    for _ in range(BOOTSTRAP_RESAMPLES):
-        draw = np.bincount(rng.integers(count, size=count), minlength=count)
-        counts.append(draw if count > 1 else np.full(1, np.nan))
-    return np.stack(counts)[:, clusters]
+    counts = np.ones((1 + BOOTSTRAP_RESAMPLES, count))
+    for row in counts[1:]:
+        row[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+    if count == 1:
+        counts[1:] = np.nan
+    return counts[:, clusters]
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -863,11 +866,9 @@ def name_layer(layers: int) -> str:
 
 def scale_steps(axes: Axes, direction: str, steps: list[int]) -> None:
     """Makes the "x" or "y" axis linear in log2(1 + step), with a label wherever there is room."""
-    axis = {"x": axes.xaxis, "y": axes.yaxis}[direction]
-    set_scale = {"x": axes.set_xscale, "y": axes.set_yscale}[direction]
-    set_scale(
-        "function", functions=(lambda step: np.log2(1 + np.maximum(step, -0.5)), lambda position: 2**position - 1)
-    )
+    axis, set_scale = (axes.xaxis, axes.set_xscale) if direction == "x" else (axes.yaxis, axes.set_yscale)
+    there, back = (lambda step: np.log2(1 + np.maximum(step, -0.5))), (lambda position: 2**position - 1)
+    set_scale("function", functions=(there, back))
     positions = np.log2(1 + np.array(steps))
     labelled = [len(steps) - 1]
     for index in reversed(range(len(steps) - 1)):

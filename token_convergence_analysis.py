@@ -133,7 +133,9 @@ class Curve(NamedTuple):
 class Contrast(NamedTuple):
     curve: Curve
     other: Curve
-    ratio: np.ndarray  # of their half-way steps, float64 (1 + resamples, layers + 1)
+    ratio: np.ndarray  # of their half-way steps, float64 (layers + 1,)
+    low: np.ndarray  # its interval
+    high: np.ndarray
 
 
 class Tree(NamedTuple):
@@ -752,7 +754,7 @@ def measure(
 
 def contribution_keys(checkpoints: dict[int, Path], fingerprints: dict[int, list], inputs: list) -> dict[int, str]:
     """For each step, a digest of all that its contribution depends on, the code that measures it included."""
-    functions = (read_weights, load_weights, encode, prefix_trees, onednn_linear, onednn_mlp, build_model)
+    functions = (read_weights, load_weights, prefix_trees, onednn_linear, onednn_mlp, build_model)
     functions += (read_unit_states, unbiased_hsic, linear_cka, compare, contribution_of, measure)
     code = [inspect.getsource(function) for function in functions]
     shared = [code, torch.__version__, transformers.__version__, inputs, fingerprints[max(checkpoints)]]
@@ -839,8 +841,10 @@ def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
     for later in range(1, len(steps)):
         depths = []  # how many layers, from 0 upwards, agree with each earlier step
         for earlier in range(later):
-            differ = (values[earlier] != values[later]) & ~np.isnan(values[later])  # (layers + 1, texts)
-            depths.append(np.argmax([*differ.any(1), True]))
+            one, other, depth = values[earlier], values[later], 0
+            while depth < len(one) and np.array_equal(one[depth], other[depth], equal_nan=True):
+                depth += 1
+            depths.append(depth)
         if max(depths) > 0:
             copies[steps[depths.index(max(depths))], max(depths)].append(steps[later])
     layers = values.shape[1] - 1
@@ -862,11 +866,12 @@ def resample(last_tokens: list[int], seed: int) -> np.ndarray:
     _, clusters = np.unique(last_tokens, return_inverse=True)
     count = clusters.max() + 1
     rng = np.random.default_rng([SEED, seed])
-    counts = [np.ones(count)]
-    for _ in range(BOOTSTRAP_RESAMPLES):
-        draw = np.bincount(rng.integers(count, size=count), minlength=count)
-        counts.append(draw if count > 1 else np.full(1, np.nan))
-    return np.stack(counts)[:, clusters]
+    counts = np.ones((1 + BOOTSTRAP_RESAMPLES, count))
+    for row in counts[1:]:
+        row[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+    if count == 1:
+        counts[1:] = np.nan
+    return counts[:, clusters]
 
 
 def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -901,8 +906,9 @@ def half_way_steps(centred: np.ndarray, steps: list[int]) -> tuple[np.ndarray, n
 def tabulate(
     contributions: dict[str, np.ndarray], number: int, curve: Curve, steps: list[int]
 ) -> dict[str, np.ndarray]:
-    """All that is found of a curve: the columns of convergence.csv, float64 (steps, layers + 1) each, and the half-way
-    steps, float64 (1 + resamples, layers + 1), with the checkpoint before each, int.
+    """All that is found of a curve: the columns of convergence.csv, float64 (steps, layers + 1) each; and the half-way
+    step, its interval and the index of the checkpoint before it, (layers + 1,) each, and with all resamples,
+    half_ways, float64 (1 + resamples, layers + 1).
 
     contributions: OF_TEXTS, (steps, layers + 1, texts), and OF_CURVES, (steps, layers + 1, curves).
     """
@@ -921,7 +927,9 @@ def tabulate(
     for name in OF_CURVES:
         table[name] = contributions[name][..., number].astype(np.float64)
     if len(steps) > 1:
-        table["half_way"], table["index_before"] = half_way_steps(centred, steps)
+        half_ways, index_before = half_way_steps(centred, steps)
+        table |= {"half_ways": half_ways, "half_way": half_ways[0], "index_before": index_before[0]}
+        table["half_way_low"], table["half_way_high"] = interval(half_ways)
     return table
 
 
@@ -934,8 +942,9 @@ def find_contrasts(curves: list[Curve]) -> list[Contrast]:
             words = curve.tokens == other.tokens and (curve.kind, other.kind) == ("word", "recombined")
             if longer or words:
                 with np.errstate(invalid="ignore"):
-                    ratio = curve.table["half_way"] / other.table["half_way"]
-                contrasts.append(Contrast(curve, other, np.where(np.isnan(ratio), np.inf, ratio)))
+                    ratios = curve.table["half_ways"] / other.table["half_ways"]
+                ratios = np.where(np.isnan(ratios), np.inf, ratios)
+                contrasts.append(Contrast(curve, other, ratios[0], *interval(ratios)))
     return contrasts
 
 
@@ -965,15 +974,13 @@ def write_tables(results: Path, steps: list[int], curves: list[Curve], contrasts
             frequency = "" if math.isnan(text.frequency) else str(text.frequency)
             text_rows.append([*label, text.word, frequency, " ".join(map(str, text.token_ids))])
         if "half_way" in curve.table:
-            half_way = curve.table["half_way"]
-            for layer, (low, high) in enumerate(zip(*interval(half_way), strict=True)):
-                index = curve.table["index_before"][0, layer]
-                bracket = steps[index : index + 2] if np.isfinite(half_way[0, layer]) else ["", ""]
-                half_way_rows.append([*label, len(curve.texts), layer, half_way[0, layer], low, high, *bracket])
-    for curve, other, ratio in contrasts:
-        for layer, (low, high) in enumerate(zip(*interval(ratio), strict=True)):
-            against = f"{other.tokens} {other.kind}"
-            contrast_rows.append([curve.tokens, curve.kind, against, layer, ratio[0, layer], low, high])
+            for layer, index in enumerate(curve.table["index_before"]):
+                values = [curve.table[name][layer] for name in ("half_way", "half_way_low", "half_way_high")]
+                bracket = steps[index : index + 2] if np.isfinite(values[0]) else ["", ""]
+                half_way_rows.append([*label, len(curve.texts), layer, *values, *bracket])
+    for curve, other, *ratio in contrasts:
+        for layer, values in enumerate(zip(*ratio, strict=True)):
+            contrast_rows.append([curve.tokens, curve.kind, f"{other.tokens} {other.kind}", layer, *values])
     write_csv(results / "convergence.csv", f"tokens,kind,words,step,layer,{columns}", rows)
     header = "tokens,kind,words,layer,half_way_step,low,high,step_before,step_after"
     write_csv(results / "half_way.csv", header, half_way_rows)
@@ -998,11 +1005,9 @@ def name_layer(layers: int) -> str:
 
 def scale_steps(axes: Axes, direction: str, steps: list[int]) -> None:
     """Makes the "x" or "y" axis linear in log2(1 + step), with a label wherever there is room."""
-    axis = {"x": axes.xaxis, "y": axes.yaxis}[direction]
-    set_scale = {"x": axes.set_xscale, "y": axes.set_yscale}[direction]
-    set_scale(
-        "function", functions=(lambda step: np.log2(1 + np.maximum(step, -0.5)), lambda position: 2**position - 1)
-    )
+    axis, set_scale = (axes.xaxis, axes.set_xscale) if direction == "x" else (axes.yaxis, axes.set_yscale)
+    there, back = (lambda step: np.log2(1 + np.maximum(step, -0.5))), (lambda position: 2**position - 1)
+    set_scale("function", functions=(there, back))
     positions = np.log2(1 + np.array(steps))
     labelled = [len(steps) - 1]
     for index in reversed(range(len(steps) - 1)):
@@ -1023,48 +1028,53 @@ def group_styles(curves: list[Curve]) -> dict[int, dict]:
 
 
 def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> Figure:
-    """The half-way step against layer, a panel a kind, a line a group; beneath it the contrasts."""
+    """The half-way step against layer, a panel a kind, a line a group; beneath it the contrasts that there are."""
     kinds = [kind for kind in KINDS if any(curve.kind == kind for curve in curves)]
     questions = {
         "carried": "Do words of more tokens settle later?\nAgainst the shortest words, all at one position",
         "word": "Is it because they are words?\nWords against recombined strings",
     }
+    asked = [kind for kind in questions if any(contrast.curve.kind == kind for contrast in contrasts)]
     layers = curves[0].table["centred"].shape[1] - 1
-    figure = Figure(figsize=(1.5 + 3.8 * max(len(kinds), 2), 8.5), dpi=150, layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3, 2))
-    panels = upper.subplots(1, len(kinds), squeeze=False, sharex=True, sharey=True)[0]
-    answers = lower.subplots(1, len(questions), sharex=True, sharey=True)
+    figure = Figure(figsize=(1.5 + 3.8 * max(len(kinds), 2), 8.5 if asked else 5.5), dpi=150, layout="constrained")
+    rows = figure.subfigures(2 if asked else 1, 1, squeeze=False, height_ratios=(3, 2) if asked else None)[:, 0]
+    panels = rows[0].subplots(1, len(kinds), squeeze=False, sharex=True, sharey=True)[0]
     styles = group_styles(curves)
-    lines = [(panels[kinds.index(curve.kind)], curve, curve.table["half_way"]) for curve in curves]
-    for curve, _, ratio in contrasts:
-        lines.append((answers[list(questions).index(curve.kind)], curve, ratio))
-    for axes, curve, values in lines:
-        low, high = interval(values)
-        axes.plot(values[0], label=name_tokens(curve.tokens), **styles[curve.tokens])
+
+    def draw(axes: Axes, curve: Curve, values: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        axes.plot(values, label=name_tokens(curve.tokens), **styles[curve.tokens])
         axes.fill_between(range(layers + 1), low, high, color=styles[curve.tokens]["color"], alpha=0.2, linewidth=0)
+
+    bounds = []
+    for curve in curves:
+        values = [curve.table[name] for name in ("half_way", "half_way_low", "half_way_high")]
+        draw(panels[kinds.index(curve.kind)], curve, *values)
+        bounds += [bound for bound in np.ravel(values) if np.isfinite(bound)]
     for axes, kind in zip(panels, kinds, strict=True):
         axes.hlines(steps, 0, layers, color="grey", linewidth=0.5, alpha=0.6, zorder=0)
         axes.set_title(f"kind: {kind}")
-    for axes, question in zip(answers, questions.values(), strict=True):
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_title(question, fontsize="medium")
-        axes.grid(alpha=0.3)
-    bounds = np.concatenate([np.ravel(interval(curve.table["half_way"])) for curve in curves])
-    bounds = bounds[np.isfinite(bounds)]
     first = max((step for step in steps if step <= min(bounds, default=0)), default=steps[0])
     last = min((step for step in steps if step >= max(bounds, default=steps[-1])), default=steps[-1])
     scale_steps(panels[0], "y", [step for step in steps if first <= step <= last])
     panels[0].set_ylim(first, last)
     panels[0].set_ylabel("half-way step (thin lines: checkpoints)")
-    answers[0].set_yscale("log")
-    answers[0].yaxis.set_major_locator(MaxNLocator(6))
-    answers[0].yaxis.set_major_formatter("{x:g}")
-    answers[0].yaxis.set_minor_formatter("")
-    answers[0].set_ylabel("ratio of half-way steps")
-    for axes in (panels[0], answers[0]):
-        axes.set_xticks(range(0, layers + 1, layers // 8 + 1))
-    lower.supxlabel(name_layer(layers), fontsize="medium")
-    title = f"{family}: the training step at which words have come half the way to their final representation"
+    panels[0].set_xticks(range(0, layers + 1, layers // 8 + 1))
+    if asked:
+        answers = rows[1].subplots(1, len(asked), squeeze=False, sharex=True, sharey=True)[0]
+        for curve, _, *ratio in contrasts:
+            draw(answers[asked.index(curve.kind)], curve, *ratio)
+        for axes, kind in zip(answers, asked, strict=True):
+            axes.axhline(1, color="black", linewidth=0.8)
+            axes.set_title(questions[kind], fontsize="medium")
+            axes.grid(alpha=0.3)
+        answers[0].set_yscale("log")
+        answers[0].yaxis.set_major_locator(MaxNLocator(6))
+        answers[0].yaxis.set_major_formatter("{x:g}")
+        answers[0].yaxis.set_minor_formatter("")
+        answers[0].set_ylabel("ratio of half-way steps")
+        answers[0].set_xticks(range(0, layers + 1, layers // 8 + 1))
+    rows[-1].supxlabel(name_layer(layers), fontsize="medium")
+    title = f"{family}\nthe training step at which words have come half the way to their final representation"
     figure.suptitle(title, parse_math=False)
     handles, _ = panels[0].get_legend_handles_labels()
     handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
@@ -1108,7 +1118,7 @@ def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -
     handles, _ = panels[0, 0].get_legend_handles_labels()
     handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="unrelated texts (floor)"))
     handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
-    figure.legend(handles=handles, loc="lower center", ncols=len(handles))
+    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 3 * len(kinds)))
     return figure
 
 
@@ -1161,7 +1171,8 @@ def draw_overview(family: str, steps: list[int], curves: list[Curve]) -> Figure:
 def draw_figures(results: Path, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> list[str]:
     """Draws all figures. Returns the names of their files."""
     family = printable(results.name)
-    shown = [curve for curve in curves if curve.kind == KINDS[0]] or curves
+    kinds = {curve.kind for curve in curves}
+    shown = [curve for curve in curves if curve.kind == ("word" if "word" in kinds else curves[0].kind)]
     figures = {"overview.png": partial(draw_overview, family, steps, shown)}
     if len(steps) > 1:
         figures["half_way.png"] = partial(draw_half_way, family, steps, curves, contrasts)
@@ -1184,14 +1195,14 @@ def say_answer(curves: list[Curve], contrasts: list[Contrast]) -> None:
     for curve in curves:
         line = f"  {name_tokens(curve.tokens):9} {curve.kind:17}"
         for layer in shown:
-            half_way = curve.table["half_way"][:, layer]
-            low, high = interval(half_way)
-            line += f"{f'{half_way[0]:.0f} [{low:.0f}, {high:.0f}]' if np.isfinite(half_way[0]) else 'none':>24}"
+            half_way, low, high = (curve.table[name][layer] for name in ("half_way", "half_way_low", "half_way_high"))
+            cell = f"{half_way:.0f} [{low:.0f}, {high:.0f}]" if np.isfinite(half_way) else "none"
+            line += f"{cell:>24}"
         say(line)
     if contrasts:
         say(f"ratio of half-way steps [95 % interval] in layer {middle}")
-    for curve, other, ratio in contrasts:
-        low, high = interval(ratio[:, middle])
+    for curve, other, *ratio in contrasts:
+        estimate, low, high = (values[middle] for values in ratio)
         verdict = "no difference shown"
         if low > 1:
             verdict = "later"
@@ -1200,7 +1211,7 @@ def say_answer(curves: list[Curve], contrasts: list[Contrast]) -> None:
         elif np.isnan([low, high]).any():
             verdict = "no interval, too few last tokens"
         names = f"{name_tokens(curve.tokens)} {curve.kind} over {name_tokens(other.tokens)} {other.kind}"
-        say(f"  {names:40} {ratio[0, middle]:.2f} [{low:.2f}, {high:.2f}]: {verdict}")
+        say(f"  {names:40} {estimate:.2f} [{low:.2f}, {high:.2f}]: {verdict}")
 
 
 def main() -> None:
