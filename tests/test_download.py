@@ -576,7 +576,7 @@ def test_interrupted_with_several_downloads_running(place, hub):
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
     code, _, err = end(process)
-    assert (code, err.strip()) == (130, "interrupted: whole files are kept, run again to go on")
+    assert (code, err.strip()) == (130, "interrupted: whole files are kept, run again to continue")
     assert time.monotonic() - begun < 5
     assert steps_in(folder) == set() and list(family(folder).rglob("*.incomplete")) == []
     hub.faults.clear()
