@@ -160,7 +160,9 @@ def stop(message: str) -> NoReturn:
 
 
 def reason(error: Exception) -> str:
-    """What a library's error says, in one line of at most 500 characters."""
+    """What an error says: of a library's its name and, in one line, its first 500 characters."""
+    if isinstance(error, Problem):
+        return str(error)
     text = " ".join(str(error).split())[:500]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -384,7 +386,7 @@ def read_family(checkpoints: dict[int, Path]) -> tuple[GPTNeoXConfig, Tokenizer,
             load_weights(model, weights, assign=True)
             fingerprints[step] = fingerprint(folder, weights)
         except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
-            unusable.append(f"{folder}: {error if isinstance(error, Problem) else reason(error)}")
+            unusable.append(f"{folder}: {reason(error)}")
             if folder == final:  # there is nothing to compare the others with
                 break
     if unusable:
