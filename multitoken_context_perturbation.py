@@ -44,7 +44,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -636,11 +636,19 @@ def measure(
             write_arrays(missing[step], contribution_of(states, entries))
 
 
+def source_of(function: Callable, found: dict[str, str]) -> dict[str, str]:
+    """The source of a function and of every function of this script that it names, {name: source}, added to found."""
+    source = found[function.__name__] = inspect.getsource(function)
+    for name in re.findall(r"\w+", source):
+        named = globals().get(name)
+        if inspect.isfunction(named) and named.__module__ == __name__ and name not in found:
+            source_of(named, found)
+    return found
+
+
 def contribution_keys(checkpoints: dict[int, Path], fingerprints: dict[int, list], inputs: list) -> dict[int, str]:
     """For each step, a digest of all that its contribution depends on, the code that measures it included."""
-    functions = (read_weights, load_weights, prefix_trees, onednn_linear, onednn_mlp, build_model)
-    functions += (read_unit_states, contribution_of, measure)
-    code = [inspect.getsource(function) for function in functions]
+    code = source_of(measure, {})
     shared = [code, torch.__version__, transformers.__version__, inputs]
     keys = {}
     for step in checkpoints:

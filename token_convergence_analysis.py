@@ -44,7 +44,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial, reduce
@@ -754,11 +754,19 @@ def measure(
             states, states_before = states_before, states
 
 
+def source_of(function: Callable, found: dict[str, str]) -> dict[str, str]:
+    """The source of a function and of every function of this script that it names, {name: source}, added to found."""
+    source = found[function.__name__] = inspect.getsource(function)
+    for name in re.findall(r"\w+", source):
+        named = globals().get(name)
+        if inspect.isfunction(named) and named.__module__ == __name__ and name not in found:
+            source_of(named, found)
+    return found
+
+
 def contribution_keys(checkpoints: dict[int, Path], fingerprints: dict[int, list], inputs: list) -> dict[int, str]:
     """For each step, a digest of all that its contribution depends on, the code that measures it included."""
-    functions = (read_weights, load_weights, prefix_trees, onednn_linear, onednn_mlp, build_model)
-    functions += (read_unit_states, unbiased_hsic, linear_cka, compare, contribution_of, measure)
-    code = [inspect.getsource(function) for function in functions]
+    code = source_of(measure, {})
     shared = [code, torch.__version__, transformers.__version__, inputs, fingerprints[max(checkpoints)]]
     keys, before = {}, None
     for step in checkpoints:

@@ -888,18 +888,23 @@ def test_nothing_is_measured_twice_when_a_figure_changes(
     assert_figures(result.results, PLANTED, PLANTED_LAYERS)
 
 
-def test_a_changed_formula_is_measured_anew(
+def test_a_changed_formula_is_measured_again(
     planted: tuple[Path, dict[str, int]], planted_run: Run, tmp_path: Path
 ) -> None:
+    """In a measuring function, and in one that it calls: the second run changes that one alone."""
     here = continued(planted_run, tmp_path, planted[1])
-    edit_script(here, r'"unrelated": ', '"unrelated": 0.5 + ')
-    result = run(here, planted[0])
-    assert result.code == 0, result.err
-    assert measured_again(planted_run, result) == set(PLANTED_STEPS) and result.to_measure() == len(PLANTED_STEPS)
-    rows, before = result.rows(), planted_run.rows()
-    for key, row in rows.items():
-        assert row["unrelated"] == pytest.approx(before[key]["unrelated"] + 0.5, abs=2e-6)
-        assert row["centred"] == before[key]["centred"]
+    edit_script(here, r'"unrelated": ', '"unrelated": shift() + ')
+    edit_script(here, r"def compare\(", "def shift() -> float:\n    return 0.5\n\n\ndef compare(")
+    kept, earlier = planted_run.kept(), planted_run.rows()
+    for shift in (0.5, 0.25):
+        edit_script(here, r"return 0\.5", f"return {shift}")
+        result = run(here, planted[0])
+        assert result.code == 0, result.err
+        assert result.to_measure() == len(PLANTED_STEPS) and not kept.keys() & result.kept().keys()
+        for key, row in result.rows().items():
+            assert row["unrelated"] == pytest.approx(earlier[key]["unrelated"] + shift, abs=2e-6)
+            assert row["centred"] == earlier[key]["centred"]
+        kept = result.kept()
 
 
 def test_only_what_changed_is_measured_again(
