@@ -22,11 +22,10 @@ if __name__ == "__main__":  # Ctrl-C during the imports below, which take second
 
 import json
 import logging
-import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from errno import EDQUOT, EFBIG, ENOSPC
@@ -38,7 +37,7 @@ from huggingface_hub import HfApi, constants, errors, get_hf_file_metadata, hf_h
 from huggingface_hub.utils import WeakFileLock, parse_ratelimit_headers, tqdm
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # what
 MODEL_ID = "EleutherAI/pythia-1b"  # a Pythia model on the hub; another one needs another CHECKPOINTS_DIR
 STEPS = [0, 64, 256, 1000, 2000, 3000, 5000, 7000, 10000, 18000, 48000, 78000, 143000]  # training steps; 2.0 GB each
@@ -50,7 +49,7 @@ DOWNLOADS_AT_ONCE = 2  # checkpoints, 1 or more
 TRIES = 5  # of each look-up and each checkpoint, 1 or more
 PAUSE = 2.0  # seconds before the second try, twice as long before each further one, longer if the hub asks; up to 600
 TIMEOUT = 30.0  # seconds for the hub to answer a look-up
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 
 SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?", re.ASCII)
@@ -96,7 +95,7 @@ def warn(message: str) -> None:
     tqdm.write(f"warning: {one_line(message)}", file=sys.stderr)
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """'step0, step16, step64', cut after twelve."""
     if len(names) > 12:
         names = [*names[:12], f"{len(names) - 12} more"]
@@ -104,7 +103,7 @@ def listed(names: list[str]) -> str:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether another try may help: not if the request, the answer or this machine (an errno) is wrong."""
+    """Whether another try may help: not if request, answer or this machine (an errno) is wrong."""
     if isinstance(error, errors.HfHubHTTPError):
         return error.response.status_code in (408, 429) or error.response.status_code >= 500
     lasting = (Problem, errors.OfflineModeIsEnabled, ImportError, LookupError, TypeError, ValueError)
@@ -123,9 +122,9 @@ def explain(error: Exception) -> str:
     elif isinstance(error, errors.RevisionNotFoundError):
         text = "not published"
     elif isinstance(error, errors.HfHubHTTPError):
-        token = ", your token is refused: `hf auth login` again, or unset HF_TOKEN"
-        status = error.response.status_code
-        text = f"{hub} answers {status} {error.response.reason_phrase}{token if status == 401 else ''}"
+        text = f"{hub} answers {error.response.status_code} {error.response.reason_phrase}"
+        if error.response.status_code == 401:
+            text += ", your token is refused: `hf auth login` again, or unset HF_TOKEN"
     elif isinstance(error, errors.OfflineModeIsEnabled):
         text = "offline mode is on: unset HF_HUB_OFFLINE"
     elif isinstance(error, BrokenPipeError):
@@ -139,13 +138,13 @@ def explain(error: Exception) -> str:
     return one_line(text)
 
 
-def with_retries(work: Callable[..., Any], step: int, *more: Any) -> Any:
-    """work(step, *more), tried TRIES times unless the error will not pass; the library gives up at a 503 or a reset."""
+def with_retries(work: Callable[..., Any], revision: str, *more: Any) -> Any:
+    """work(revision, *more), tried TRIES times unless the error will last: the library gives up at a 503."""
     for tried in range(1, TRIES + 1):
         try:
-            return work(step, *more)
+            return work(revision, *more)
         except Exception as raised:
-            error = raised  # or what it wraps, as 'not found on this disk' wraps 'the hub answers 503'
+            error = raised  # or what it wraps, as 'not on this disk' wraps 'the hub answers 503'
             if isinstance(raised.__cause__, Exception) and not isinstance(raised, errors.HfHubHTTPError):
                 error = raised.__cause__
             if tried == TRIES or not is_transient(error):
@@ -158,7 +157,7 @@ def with_retries(work: Callable[..., Any], step: int, *more: Any) -> Any:
             if limit and limit.remaining == 0:
                 pause = max(pause, limit.reset_in_seconds)
             pause = min(pause, 600)
-            warn(f"step{step}: {explain(error)}; try {tried + 1} of {TRIES} in {pause:g} s")
+            warn(f"{revision}: {explain(error)}; try {tried + 1} of {TRIES} in {pause:g} s")
             time.sleep(pause)
 
 
@@ -167,27 +166,24 @@ def weight_files(names: Collection[str]) -> list[str]:
     for stem, kind in (("model", "safetensors"), ("pytorch_model", "bin")):
         if f"{stem}.{kind}" in names:
             return [f"{stem}.{kind}"]
-        index, shards = f"{stem}.{kind}.index.json", []  # of two complete sets both: the index says which it means
-        for name in sorted(names):
-            first = re.fullmatch(rf"{stem}-00001-of-([0-9]{{5}})\.{kind}", name)
-            if first:
-                numbered = [f"{stem}-{number:05}-of-{first[1]}.{kind}" for number in range(1, int(first[1]) + 1)]
-                if all(shard in names for shard in numbered):
-                    shards += numbered
-        if index in names and shards:
-            return [index, *shards]
+        index = f"{stem}.{kind}.index.json"
+        numbered = re.compile(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{kind}", re.ASCII)
+        shards = sorted(filter(numbered.fullmatch, names))
+        totals = [int(numbered.fullmatch(shard)[1]) for shard in shards]
+        if index in names and any(totals.count(total) == total for total in totals):
+            return [index, *shards]  # of two sets both: the index says which it means
     return []
 
 
 def is_checkable(size: object, published: object) -> bool:
-    """Whether a file can be compared with what is published of it: not everyone lists a size and a hash."""
+    """Whether a file can be compared with this: not every mirror lists a size and a hash."""
     return type(size) is int and size >= 0 and bool(re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(published)))
 
 
-def look_up(step: int) -> tuple[str, dict[str, list]]:
+def look_up(revision: str) -> tuple[str, dict[str, list]]:
     """The commit of a revision and the files {name: [bytes, hash]} to fetch of it."""
     # In a thread: the library's own limit would begin again with every byte that arrives.
-    job = ThreadPoolExecutor(1).submit(HfApi().model_info, MODEL_ID, revision=f"step{step}", files_metadata=True)
+    job = ThreadPoolExecutor(1).submit(HfApi().model_info, MODEL_ID, revision=revision, files_metadata=True)
     info = job.result(timeout=TIMEOUT)
     published = {file.rfilename: file for file in info.siblings or []}
     weights = weight_files(published)
@@ -210,22 +206,20 @@ def look_up(step: int) -> tuple[str, dict[str, list]]:
     return info.sha, files
 
 
-def report_shared(published: dict[int, dict[str, list]]) -> None:
-    """Warns of weight files that steps {step: files} share, byte for byte: a known fault of what is published."""
-    steps_with: dict[tuple[str, str], list[str]] = {}
-    for step in sorted(published):
-        for name, (_, digest) in published[step].items():
-            if WEIGHT_FILE.fullmatch(name) and not name.endswith(".json"):
-                steps_with.setdefault((name, digest), []).append(f"step{step}")
-    names_by_steps: dict[tuple[str, ...], list[str]] = {}
-    for (name, _), steps in steps_with.items():
-        if len(steps) > 1:
-            names_by_steps.setdefault(tuple(steps), []).append(name)
-    for steps, names in names_by_steps.items():
-        warn(
-            f"{listed(steps)} share {listed(names)}, byte for byte: one checkpoint's weights under {len(steps)} names, "
-            "so that nothing which depends on them alone changes between these steps; believe at most one of them"
-        )
+def report_shared(published: dict[str, dict[str, list]]) -> None:
+    """Warns of weights that revisions share, byte for byte: a known fault of what is published."""
+    revisions_with = {}
+    for revision, files in published.items():
+        for name, (_, digest) in files.items():
+            if not name.endswith(".json"):
+                revisions_with.setdefault((name, digest), []).append(revision)
+    names_in = {}
+    for (name, _), revisions in revisions_with.items():
+        if len(revisions) > 1:
+            names_in.setdefault(tuple(revisions), []).append(name)
+    for revisions, names in names_in.items():
+        shared = f"{listed(revisions)} share {listed(names)}, byte for byte"
+        warn(f"{shared}: one checkpoint's weights under {len(revisions)} names; believe at most one")
 
 
 def hash_of(path: Path, digits: int) -> str:
@@ -235,7 +229,7 @@ def hash_of(path: Path, digits: int) -> str:
 
 
 def differences(files: dict[str, list], checkpoint: Path, hashes: bool) -> dict[str, str]:
-    """What keeps a folder from being the published checkpoint, by size or also by hash: {file: what is wrong}."""
+    """Why a folder is not the published checkpoint, by size or also by hash: {file: what is wrong}."""
     wrong = {}
     for name, (size, published) in files.items():
         path = checkpoint / name
@@ -250,7 +244,7 @@ def differences(files: dict[str, list], checkpoint: Path, hashes: bool) -> dict[
 
 
 def recorded(checkpoint: Path) -> dict[str, list]:
-    """The files {name: [bytes, hash]} that this script put into a folder, by the record there; else {}."""
+    """The files {name: [bytes, hash]} that this script put there, by its record in the folder; else {}."""
     try:
         record = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
         model, files = record["model"], record["files"]
@@ -262,35 +256,16 @@ def recorded(checkpoint: Path) -> dict[str, list]:
     return files if right and weight_files(files) else {}
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a folder holds what its record says, by name and size. Needs no network."""
+def whole_files(checkpoint: Path) -> dict[str, list]:
+    """The recorded files if the folder holds them, by name and size; else {}. Needs no network."""
     files = recorded(checkpoint)
-    return bool(files) and not differences(files, checkpoint, hashes=False)
+    return {} if files and differences(files, checkpoint, hashes=False) else files
 
 
 def write_record(checkpoint: Path, commit: str, files: dict[str, list]) -> None:
     record = {"model": MODEL_ID, "revision": checkpoint.name, "commit": commit, "files": files}
     (checkpoint / RECORD).unlink(missing_ok=True)  # it may be a link
     (checkpoint / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def take_over(commit: str, files: dict[str, list], final: Path, unfinished: Path) -> str:
-    """The state of what bears a checkpoint's name and is not whole by its record; '' if it is to be fetched.
-
-    A folder of this script's that was damaged since goes back to where it is fetched. Nothing else is changed.
-    """
-    print(f"comparing {final.name}, which is there, with the hub's checksums", flush=True)
-    wrong = differences(files, final, hashes=True)
-    if not wrong:
-        if not final.is_symlink():
-            write_record(final, commit, files)
-        return "whole, was here"
-    if recorded(final) and not final.is_symlink() and wrong.keys() <= files.keys():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        final.rename(unfinished)
-        return ""
-    faults = listed([f"{name} {fault}" for name, fault in wrong.items()])
-    return f"left alone: {faults}; put that right or move it away, and run again"
 
 
 def remove_fragments(folder: Path) -> None:
@@ -301,12 +276,14 @@ def remove_fragments(folder: Path) -> None:
 
 
 class Bar(tqdm):
-    """The library's progress bar, but named, since several downloads run at once; ends a body that is too long."""
+    """The library's progress bar, named, as several downloads run at once; ends too long a body."""
 
-    def __init__(self, step: int, name: str, size: int, **settings: Any) -> None:
-        task = settings["desc"].partition(": ")[2]  # Xet's two bars have one; before it can be the end of a signed link
-        self.name, self.left = name, math.inf if task else size  # Xet checks what it receives, and counts otherwise
-        super().__init__(**settings | {"desc": f"step{step} {name} {task}".strip(), "disable": None, "position": None})
+    def __init__(self, revision: str, name: str, size: int, **settings: Any) -> None:
+        task = settings["desc"].partition(": ")[2]  # of Xet's two bars; before it can be the end of a signed link
+        self.name = name
+        self.left = float("inf") if task else size  # Xet checks by itself and counts otherwise
+        desc = f"{revision} {name} {task}".strip()
+        super().__init__(**settings | {"desc": desc, "disable": None, "position": None})
 
     def update(self, received: float = 1) -> bool | None:
         self.left -= received
@@ -315,40 +292,45 @@ class Bar(tqdm):
         return super().update(received)
 
 
-def fetch(step: int, commit: str, files: dict[str, list], folder: Path) -> str:
-    """Fetches what a checkpoint lacks, compares it with the published hashes, and gives the folder its name.
+def fetch(revision: str, commit: str, files: dict[str, list], folder: Path) -> str:
+    """Makes a checkpoint whole and returns its state, which begins with 'whole' if that succeeded."""
+    final, unfinished = folder / revision, folder / ".partial" / revision
+    if os.path.lexists(final):
+        print(f"comparing {revision}, which is there, with the hub's checksums", flush=True)
+        wrong = differences(files, final, hashes=True)
+        if not wrong:
+            if not final.is_symlink():
+                write_record(final, commit, files)
+            return "whole, was here"
+        if final.is_symlink() or not recorded(final) or wrong.keys() - files.keys():
+            faults = listed([f"{name} {fault}" for name, fault in wrong.items()])
+            return f"left alone: {faults}; put that right or move it away, and run again"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        final.rename(unfinished)  # fetched by this script and damaged since
 
-    Returns its state, which begins with 'whole' if it is; the library's errors pass through.
-    """
-    final, unfinished = folder / f"step{step}", folder / ".partial" / f"step{step}"
-    state = take_over(commit, files, final, unfinished) if os.path.lexists(final) else ""
-    if state:
-        return state
-
-    def get(name: str, **how: bool) -> None:
-        bar = partial(Bar, step, name, files[name][0])
-        hf_hub_download(MODEL_ID, name, revision=commit, local_dir=unfinished, tqdm_class=bar, **how)
-
-    for name in files:
-        get(name)
-    # The library's verify_repo_checksums would ask the hub for the hashes once more, and wait for them without end.
-    for name in differences(files, unfinished, hashes=True):
-        if name in files:
-            warn(f"step{step}: {name} does not match the published checksum and is fetched again")
-            get(name, force_download=True)
-        else:
-            (unfinished / name).unlink()  # of weights that are no longer published
+    for _ in range(2):  # what arrives with a wrong checksum is fetched once more
+        for name in differences(files, unfinished, hashes=True):
+            path = unfinished / name
+            if name not in files:
+                path.unlink()  # of weights that are no longer published
+                continue
+            again = path.exists()  # the library would believe its own notes on such a file
+            if again:
+                warn(f"{revision}: {name} does not match the published checksum and is fetched again")
+            bar = partial(Bar, revision, name, files[name][0])
+            hf_hub_download(MODEL_ID, name, revision=commit, local_dir=unfinished, tqdm_class=bar, force_download=again)
+    # Not by the library's verify_repo_checksums, which asks the hub once more and waits without end.
     wrong = differences(files, unfinished, hashes=True)
     if wrong:
         return f"not whole: checksum wrong twice, suspect the mirror, the proxy or the disk: {listed(list(wrong))}"
-    shutil.rmtree(unfinished / ".cache")  # the library's notes on a download under way
+    shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # the library's notes
     write_record(unfinished, commit, files)
     unfinished.rename(final)
     return "whole, fetched now"
 
 
-def fetch_all(plan: dict[int, tuple[str, dict[str, list]]], folder: Path) -> dict[int, str]:
-    """Fetches checkpoints {step: (commit, files)}, DOWNLOADS_AT_ONCE at a time; returns {step: state}."""
+def fetch_all(commits: dict[str, str], published: dict[str, dict[str, list]], folder: Path) -> dict[str, str]:
+    """Fetches the files {revision: files} of the commits {revision: commit}; returns {revision: state}."""
     unfinished = folder / ".partial"
     with ExitStack() as held:
         try:
@@ -359,79 +341,72 @@ def fetch_all(plan: dict[int, tuple[str, dict[str, list]]], folder: Path) -> dic
             held.enter_context(WeakFileLock(unfinished / "lock"))
         except OSError as error:
             raise Problem(f"cannot write into {folder} ({error.strerror}): set another CHECKPOINTS_DIR") from error
-        remove_fragments(folder)
-        todo = [step for step in plan if not is_whole(folder / f"step{step}")]  # another run may have fetched some
+        remove_fragments(folder)  # of a run that was killed
+        held.callback(remove_fragments, folder)  # of this one after Ctrl-C
+        # Another run may have fetched some since they were looked up.
+        todo = {revision: published[revision] for revision in commits if not whole_files(folder / revision)}
         left = 0.0  # GB
-        for step in todo:
-            files = plan[step][1]
-            place = folder if os.path.lexists(folder / f"step{step}") else unfinished
-            lacking = differences(files, place / f"step{step}", hashes=False)
+        for revision, files in todo.items():
+            place = folder if os.path.lexists(folder / revision) else unfinished
+            lacking = differences(files, place / revision, hashes=False)
             left += sum(files[name][0] for name in lacking if name in files) / 1e9
         free = shutil.disk_usage(folder).free / 1e9
         print(f"{len(todo)} to complete: {left:.2f} GB to fetch, {free:.2f} GB free", flush=True)
         if left > free:
             raise Problem(f"{left:.2f} GB to fetch, {free:.2f} GB free in {folder}: make room or choose fewer STEPS")
 
-        def state_of(step: int) -> str:
-            try:
-                return with_retries(fetch, step, *plan[step], folder)
-            except Exception as error:  # of whatever kind: the other checkpoints go on
-                return f"not whole: {explain(error)}"
-
-        pool = ThreadPoolExecutor(DOWNLOADS_AT_ONCE)
-        jobs = {step: pool.submit(state_of, step) for step in todo}
-        try:
-            while wait(jobs.values(), timeout=1).not_done:  # a wait without end is deaf to Ctrl-C on Windows
-                pass
-        except KeyboardInterrupt:
-            remove_fragments(folder)
-            raise
-        return {step: jobs[step].result() if step in jobs else "whole, was here" for step in plan}
+        jobs, pool = {}, ThreadPoolExecutor(DOWNLOADS_AT_ONCE)
+        for revision, files in todo.items():
+            jobs[revision] = pool.submit(with_retries, fetch, revision, commits[revision], files, folder)
+        while wait(jobs.values(), timeout=1).not_done:  # a wait without end is deaf to Ctrl-C on Windows
+            pass
+    states = {}
+    for revision, job in jobs.items():
+        error = job.exception()  # of whatever kind: the other checkpoints went on
+        states[revision] = f"not whole: {explain(error)}" if error else job.result()
+    return states
 
 
 def run() -> None:
-    """Looks every revision up, fetches what is not whole, and prints a table: step, size, state."""
+    """Looks up what is not whole, fetches it, and prints a table: step, size, state."""
     folder = Path(__file__).resolve().parent / CHECKPOINTS_DIR
-    steps = sorted(STEPS)
-    here = [step for step in steps if is_whole(folder / f"step{step}")]
-    published = {step: recorded(folder / f"step{step}") for step in here}
-    states = dict.fromkeys(here, "whole, was here")
-    missing = [step for step in steps if step not in here]
-    if missing:
-        print(f"looking up {len(missing)} of {len(steps)} checkpoints of {MODEL_ID}", flush=True)
-    plan, lacking = {}, []
-    for step in missing:
+    revisions = [f"step{step}" for step in sorted(STEPS)]
+    published = {revision: whole_files(folder / revision) for revision in revisions}
+    missing = [revision for revision in revisions if not published[revision]]
+    states = dict.fromkeys(revisions, "whole, was here")  # unless it is missing
+    print(f"looking up {len(missing)} of {len(revisions)} checkpoints of {MODEL_ID}", flush=True)
+    commits, lacking = {}, []
+    for revision in missing:
         try:
-            plan[step] = with_retries(look_up, step)
-            published[step] = plan[step][1]
+            commits[revision], published[revision] = with_retries(look_up, revision)
         except Exception as error:
-            states[step] = explain(error)
-            lacking.append(f"step{step} ({states[step]})")
+            states[revision] = explain(error)
+            lacking.append(f"{revision} ({states[revision]})")
             busy = isinstance(error, errors.HfHubHTTPError) and error.response.status_code >= 500
-            if not busy and not isinstance(error, (Problem, errors.RevisionNotFoundError)):
-                names = listed([f"step{step}" for step in missing])  # whose look-ups would end the same
-                raise Problem(f"{states[step]}; not whole yet: {names}") from error
+            if not busy and not isinstance(error, (Problem, errors.RevisionNotFoundError)):  # all would end the same
+                raise Problem(f"{states[revision]}; not whole yet: {listed(missing)}") from error
     if lacking:
         warn(f"not available from {MODEL_ID}: {', '.join(lacking)}")
     report_shared(published)
-    if plan:
-        states |= fetch_all(plan, folder)
+    if commits:
+        states |= fetch_all(commits, published, folder)
 
     print(f"{'step':>8}  {'size':>9}  state", flush=True)
-    for step in steps:
-        size = sum(size for size, _ in published.get(step, {}).values())
-        print(f"{step:>8}  {f'{size / 1e9:.2f} GB' if size else '-':>9}  {states[step]}", flush=True)
-    failed = [step for step in steps if not states[step].startswith("whole")]
+    for revision, state in states.items():
+        size = sum(size for size, _ in published[revision].values())
+        shown = f"{size / 1e9:.2f} GB" if size else "-"
+        print(f"{revision.removeprefix('step'):>8}  {shown:>9}  {state}", flush=True)
+    failed = [state for state in states.values() if not state.startswith("whole")]
     if failed:
-        raise Problem(f"{len(failed)} of {len(steps)} checkpoints are not whole in {folder}: see the table, run again")
+        raise Problem(f"{len(failed)} of {len(states)} checkpoints are not whole in {folder}: see the table, run again")
 
 
-def main() -> None:
+def main() -> int:
+    """Runs what the command line asks for, and returns the exit code."""
     if sys.stdout:  # not if it is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that the output's encoding lacks
     for handler in logging.getLogger("huggingface_hub").handlers:
         handler.addFilter(one_line_log)
-    code = 2
     try:
         if sys.argv[1:] in (["-h"], ["--help"]):
             print(__doc__, flush=True)
@@ -440,15 +415,15 @@ def main() -> None:
         else:
             check_settings()
             run()
-        code = 0
+        return 0
     except KeyboardInterrupt:
         print("\ninterrupted: whole files are kept, run again to continue", file=sys.stderr)
-        code = 130
+        return 130
     except (Problem, OSError) as error:
         print(f"error: {explain(error)}", file=sys.stderr)
-    os._exit(code)  # now: an ordinary exit waits for the downloads and look-ups under way
+        return 2
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, usual_handler)
-    main()
+    os._exit(main())  # now: an ordinary exit waits for the downloads and look-ups under way

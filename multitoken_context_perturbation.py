@@ -33,7 +33,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, is not to end in a traceback
     usual_handler = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
-import argparse
 import csv
 import hashlib
 import inspect
@@ -43,6 +42,7 @@ import re
 import sys
 import tempfile
 import zipfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -51,11 +51,10 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 from threading import Thread
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed
 import transformers
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -98,22 +97,16 @@ STYLES = {  # of the lines in a panel
     "unrelated": {"color": "grey", "linestyle": "--", "label": "unrelated words (floor)"},
 }
 ARCHITECTURE = (  # what defines the base model, as attributes of GPTNeoXConfig: the same in all of a family
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-    *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
-)
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias",
+)  # fmt: skip
 ROPE_OF_2022 = ("rotary_pct", "rotary_emb_base", "rope_scaling", "rope_theta", "partial_rotary_factor")  # older names
-SURPLUS = (  # endings of tensors that are no part of it: buffers that files of 2022 hold, and the head
-    *("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq", "embed_out.weight", "lm_head.weight"),
-)
+# endings of tensors that are no part of it: buffers that files of 2022 hold, and the head
+SURPLUS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq", "embed_out.weight", "lm_head.weight")
 
 
 class Problem(Exception):
     """What is wrong, where, and what to do, in one line: it ends the run with exit code 2."""
-
-
-class Text(NamedTuple):
-    sentence: str
-    token_ids: tuple[int, ...]  # without <|endoftext|>
 
 
 class Entry(NamedTuple):
@@ -155,10 +148,6 @@ def warn(message: str) -> None:
         print(f"warning: {plain(message)}", file=sys.stderr)
 
 
-def stop(message: str) -> NoReturn:
-    raise Problem(message)
-
-
 def reason(error: Exception) -> str:
     """What an error says: of a library's its name and, in one line, its first 500 characters."""
     if isinstance(error, Problem):
@@ -174,15 +163,14 @@ def is_text(value: object) -> bool:
     return value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
-def is_whole(value: object, least: int) -> bool:
-    return type(value) is int and value >= least
+def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def check_settings() -> None:
     """Stops at the first setting that makes no sense."""
     plot_right = is_whole(WORDS_TO_PLOT, 0) or (isinstance(WORDS_TO_PLOT, list) and all(map(is_text, WORDS_TO_PLOT)))
     device_right = isinstance(DEVICE, str) and re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", DEVICE)
-    resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 10_000
     for name, right, expected in (
         ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
         ("RESULTS_DIR", is_text(RESULTS_DIR), "the name of a folder"),
@@ -194,7 +182,7 @@ def check_settings() -> None:
         ("DEVICE", device_right, '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
         ("BATCH_TOKENS", BATCH_TOKENS is None or is_whole(BATCH_TOKENS, 1), "None or a number of at least 1"),
         ("SEED", is_whole(SEED, 0), "a number of at least 0"),
-        ("BOOTSTRAP_RESAMPLES", resamples_right, "a number from 1 to 10000"),
+        ("BOOTSTRAP_RESAMPLES", is_whole(BOOTSTRAP_RESAMPLES, 1, 10_000), "a number from 1 to 10000"),
     ):
         if not right:
             raise Problem(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
@@ -245,17 +233,14 @@ def without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 def read_json(file: Path, expected: str) -> dict:
     """The object that a JSON file holds. An empty one, and a key that stands in it twice, are errors too."""
-    if not file.is_file():
-        raise Problem(f"{file} is not there, or no file: expected {expected}")
     try:
+        if not file.is_file():  # a named pipe, say, which would be waited for without end
+            raise Problem("it is not there, or no file")
         content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
-    except OSError as error:
-        raise Problem(f"{file} cannot be read ({error.strerror}): expected {expected}") from None
-    except (ValueError, RecursionError) as error:
-        raise Problem(f"{file} is not the JSON expected ({reason(error)}): expected {expected}") from None
-    if not isinstance(content, dict) or not content:
-        found = "an empty object" if content == {} else f"a {type(content).__name__}"
-        raise Problem(f"{file}: found {found}, expected {expected}")
+        if not isinstance(content, dict) or not content:
+            raise Problem(f"it holds {content!r:.40}")
+    except (Problem, OSError, ValueError, RecursionError) as error:
+        raise Problem(f"{file}: expected {expected}, but {reason(error)}") from None
     return content
 
 
@@ -406,10 +391,8 @@ def name_tokens(count: int) -> str:
     return "1 token" if count == 1 else f"{count} tokens"
 
 
-def choose_entries(
-    contexts: dict[str, dict[str, list[str]]], tokenizer: Tokenizer, config: GPTNeoXConfig
-) -> tuple[list[Entry], list[Text]]:
-    """The entries that can be compared, and their texts.
+def choose_entries(contexts: dict[str, dict[str, list[str]]], tokenizer: Tokenizer) -> tuple[list[Entry], dict]:
+    """The entries that can be compared, and their texts: {sentence: token ids without <|endoftext|>}.
 
     A variant that measures something else than P1 or P2 is left out, counted and named.
     """
@@ -428,16 +411,15 @@ def choose_entries(
         if not ending or token_ids[base][-len(ending) :] != ending:
             left_out["words whose base does not end in them"][word] += 1
             continue
-        seen = {token_ids[base]}
-        chosen = {"contexts": [], "perturbed": []}
+        seen, context_rows, perturbed_rows = {token_ids[base]}, [], []
         for text in others:
             if token_ids[text][-len(ending) :] != ending:
                 left_out["contexts that do not end in their word"][word] += 1
             elif token_ids[text] in seen:
                 left_out["contexts that repeat a sentence"][word] += 1
             else:
-                chosen["contexts"].append(text)
                 seen.add(token_ids[text])
+                context_rows.append(row_of.setdefault(text, len(row_of)))
         for text in entry["replaced_sentences"]:
             last_word = token_ids[f" {text.split()[-1]}"]
             if token_ids[text][-1:] != ending[-1:]:
@@ -449,15 +431,13 @@ def choose_entries(
             elif SAME_LENGTH and len(last_word) != len(ending):
                 left_out["perturbed versions whose last word has another number of tokens"][word] += 1
             else:
-                chosen["perturbed"].append(text)
                 seen.add(token_ids[text])
-        if not chosen["contexts"] and not chosen["perturbed"]:
+                perturbed_rows.append(row_of.setdefault(text, len(row_of)))
+        if not context_rows and not perturbed_rows:
             left_out["words of which no variant remains"][word] += 1
             continue
-        for text in (base, *chosen["contexts"], *chosen["perturbed"]):
-            row_of.setdefault(text, len(row_of))
-        contexts_rows, perturbed_rows = ([row_of[text] for text in texts] for texts in chosen.values())
-        entries.append(Entry(word, len(ending), ending[-1], row_of[base], contexts_rows, perturbed_rows))
+        base_row = row_of.setdefault(base, len(row_of))
+        entries.append(Entry(word, len(ending), ending[-1], base_row, context_rows, perturbed_rows))
 
     for fault, counts in left_out.items():
         warn(f"{counts.total()} {fault} are left out: {', '.join(f'{n} of {word}' for word, n in counts.items())}")
@@ -467,12 +447,7 @@ def choose_entries(
         lacking = [entry.word for entry in entries if not getattr(entry, field)]
         if lacking:
             warn(f"{name} is empty for {len(lacking)} of {len(entries)} words, without {field}: {', '.join(lacking)}")
-    texts = [Text(sentence, token_ids[sentence]) for sentence in row_of]
-    for sentence, ids in texts:
-        if len(ids) + PREPEND_BOS > config.max_position_embeddings:
-            positions = config.max_position_embeddings
-            raise Problem(f"{HERE / CONTEXTS_FILE}: {sentence!r:.60} is longer than the model's {positions} positions")
-    return entries, texts
+    return entries, {sentence: token_ids[sentence] for sentence in row_of}
 
 
 def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list[Tree]:
@@ -483,34 +458,29 @@ def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list
     the batch's tokens, unless one sequence is longer; the next repeats only the ancestors that both need.
     """
     batch_tokens = BATCH_TOKENS or (256 if device.type == "cpu" else 2048)
-    trees, previous, path = [], (), []
+    packs = []  # for each tree {prefix: its node}, and the rows of its texts
     for row in sorted(range(len(sequences)), key=sequences.__getitem__):
         sequence = sequences[row]
-        shared = 0
-        while shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
-            shared += 1
-        if not trees or len(trees[-1][0]) + len(sequence) - shared > batch_tokens:
-            tokens, paths, last, rows = [], [], [], []
-            trees.append((tokens, paths, last, rows))
-            shared = 0
-        path = path[:shared]
-        for token in sequence[shared:]:
-            path = [*path, len(tokens)]
-            tokens.append(token)
-            paths.append(path)
-        last.append(path[-1])
+        prefixes = [sequence[:end] for end in range(1, len(sequence) + 1)]
+        new = [prefix for prefix in prefixes if packs and prefix not in packs[-1][0]]
+        if not packs or len(packs[-1][0]) + len(new) > batch_tokens:
+            packs.append(({}, []))
+            new = prefixes
+        nodes, rows = packs[-1]
+        for prefix in new:
+            nodes[prefix] = len(nodes)
         rows.append(row)
-        previous = sequence
 
-    packed = []
-    for tokens, paths, last, rows in trees:
-        mask = torch.zeros(1, 1, len(tokens), len(tokens), dtype=torch.bool)
-        for node, path in enumerate(paths):
-            mask[0, 0, node, path] = True
-        positions = torch.tensor([[len(path) - 1 for path in paths]])
-        inputs = {"input_ids": torch.tensor([tokens]), "position_ids": positions, "attention_mask": mask}
-        packed.append(Tree(inputs, last, rows))
-    return packed
+    trees = []
+    for nodes, rows in packs:
+        mask = torch.zeros(1, 1, len(nodes), len(nodes), dtype=torch.bool)
+        for prefix, node in nodes.items():
+            mask[0, 0, node, [nodes[prefix[:end]] for end in range(1, len(prefix) + 1)]] = True
+        token_ids = torch.tensor([[prefix[-1] for prefix in nodes]])
+        positions = torch.tensor([[len(prefix) - 1 for prefix in nodes]])
+        inputs = {"input_ids": token_ids, "position_ids": positions, "attention_mask": mask}
+        trees.append(Tree(inputs, [nodes[sequences[row]] for row in rows], rows))
+    return trees
 
 
 def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor, activation: str = "none") -> torch.Tensor:
@@ -526,13 +496,13 @@ def onednn_mlp(mlp: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
 def build_model(config: GPTNeoXConfig, device: torch.device) -> GPTNeoXModel:
     """The base model, with no weights yet. Its blocks compute in DTYPE; the residual stream stays in float32."""
     config._attn_implementation = "sdpa"
-    with torch.device("meta"):  # so that no time goes into random weights
+    with torch.device("meta"):  # so that no time goes into random weights, and no memory into another type
         model = GPTNeoXModel(config)
-    model.to_empty(device=device).eval()
-    model.rotary_emb = type(model.rotary_emb)(config).to(device)  # its frequencies are in no file
     linear_layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     for layer in linear_layers:
         layer.to(getattr(torch, DTYPE))
+    model.to_empty(device=device).eval()
+    model.rotary_emb = type(model.rotary_emb)(config).to(device)  # its frequencies are in no file
     if DTYPE == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
         for layer in linear_layers:
             layer.forward = partial(onednn_linear, layer)
@@ -586,10 +556,8 @@ def read_unit_states(
         wrong = ~(norms.isfinite() & (norms > 0))
         if wrong.any():
             layer, index, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
-            raise Problem(
-                f"{folder.name}, layer {layer}: the hidden state of {names[tree.rows[index]]!r:.60} is not finite, or "
-                f'zero; fetch {folder} again, or set DTYPE = "float32"'
-            )
+            fault = f"the hidden state of {names[tree.rows[index]]!r:.60} is not finite, or zero"
+            raise Problem(f'{folder}, layer {layer}: {fault}; fetch it again, or set DTYPE = "float32"')
         store[:, tree.rows] = (states / norms).to(store.device)
         progress.update()
 
@@ -618,14 +586,13 @@ def measure(
     checkpoints: dict[int, Path],
     missing: dict[int, Path],
     sequences: list[tuple[int, ...]],
-    texts: list[Text],
+    names: list[str],
     entries: list[Entry],
     config: GPTNeoXConfig,
     device: torch.device,
 ) -> None:
     """Measures the missing checkpoints, {step: file}, and keeps what each contributes as soon as it is known."""
     upcoming = [checkpoints[step] for step in missing]
-    names = [text.sentence for text in texts]
     trees = prefix_trees(sequences, device)
     model = build_model(config, device)
     shape = (config.num_hidden_layers + 1, len(sequences), config.hidden_size)
@@ -677,13 +644,11 @@ def write_arrays(file: Path, arrays: dict[str, object]) -> None:
 
 def read_kept(file: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray] | None:
     """What a checkpoint contributed, or None if that is not known: arrays of these names and shapes."""
-    try:
-        with np.load(file) as arrays:
-            contribution = dict(arrays)
-    except Exception:  # whatever the reader raises, the file holds nothing that can be used
-        return None
-    right = {name: array.shape for name, array in contribution.items()} == shapes
-    return contribution if right else None
+    with suppress(Exception), np.load(file) as arrays:  # what cannot be read, for whatever reason, is not known
+        contribution = dict(arrays)
+        if {name: array.shape for name, array in contribution.items()} == shapes:
+            return contribution
+    return None
 
 
 def open_results(family: Path) -> tuple[Path, list[str]]:
@@ -696,13 +661,11 @@ def open_results(family: Path) -> tuple[Path, list[str]]:
     if not record.exists():
         record_run(results, family, [])
     earlier = read_json(record, "the record of an earlier run; delete it")
-    if earlier.get("family") != str(family):
-        raise Problem(
-            f"{results} holds the results of {earlier.get('family')}: rename one of the families, or set another "
-            f"RESULTS_DIR; if {family} is the same family, moved, delete {record}"
-        )
-    figures = earlier.get("figures")
-    return results, figures if isinstance(figures, list) else []
+    owner = earlier.get("family")
+    if owner != str(family):
+        ways = f"rename one, set another RESULTS_DIR or, if it only moved, delete {record}"
+        raise Problem(f"{results} holds the results of {owner}, not of {family}: {ways}")
+    return results, earlier.get("figures") or []
 
 
 def record_run(results: Path, family: Path, figures: list[str]) -> None:
@@ -711,40 +674,23 @@ def record_run(results: Path, family: Path, figures: list[str]) -> None:
         json.dump({"family": str(family), "figures": figures}, stream)
 
 
-def agree_between_ranks(missing: dict[int, Path], keys: dict[int, str]) -> dict[int, Path]:
-    """Connects the ranks. Returns what the first of them misses, once all have the same keys."""
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
-    seen = [None] * RANKS
-    torch.distributed.all_gather_object(seen, (missing, keys))
-    if any(other_keys != keys for _, other_keys in seen):
-        raise Problem(
-            "the ranks differ in the script, its inputs, the checkpoints or the libraries: make them the same"
-        )
-    return seen[0][0]
-
-
 def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
     """Warns of checkpoints that agree with an earlier one bit for bit from layer 0 upwards: they share weights.
 
-    values: float (steps, layers + 1, texts).
+    values: float32 (steps, layers + 1, texts).
     """
+    bits = values.view(np.int32)
     copies = defaultdict(list)  # (an earlier step, how many layers agree with it): the later steps
     for later in range(1, len(steps)):
-        depths = []  # how many layers, from 0 upwards, agree with each earlier step
-        for earlier in range(later):
-            one, other, depth = values[earlier], values[later], 0
-            while depth < len(one) and np.array_equal(one[depth], other[depth], equal_nan=True):
-                depth += 1
-            depths.append(depth)
-        if max(depths) > 0:
-            copies[steps[depths.index(max(depths))], max(depths)].append(steps[later])
+        agree = (bits[:later] == bits[later]).all(-1)  # (earlier steps, layers + 1)
+        depths = np.cumprod(agree, axis=1).sum(1)  # how many layers agree, from 0 upwards
+        if depths.max() > 0:
+            copies[steps[depths.argmax()], depths.max()].append(steps[later])
     layers = values.shape[1] - 1
     for (earlier, depth), others in copies.items():
         extent = f"up to layer {depth - 1} of {layers}" if depth <= layers else "in all layers"
-        warn(
-            f"steps {earlier} and {', '.join(map(str, others))} have the same hidden states {extent}: so far they "
-            "carry the same weights, a fault of what was published; believe one of them at most"
-        )
+        names = ", ".join(map(str, others))
+        warn(f"steps {earlier} and {names} have the same hidden states {extent}: so far their weights are the same")
 
 
 def resample(last_tokens: list[int], seed: int) -> np.ndarray:
@@ -765,19 +711,22 @@ def resample(last_tokens: list[int], seed: int) -> np.ndarray:
     return counts[:, clusters]
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % percentile interval (Efron 1979, doi:10.1214/aos/1176344552) of values that start with the estimate.
+def interval(values: np.ndarray) -> np.ndarray:
+    """The estimate, which values start with, and the 95 % percentile interval of its resamples, the rest of them.
 
-    Infinite values stand for later than all others; a bound among them is NaN.
+    Returns float64 (3, ...): estimate, low, high (Efron 1979, doi:10.1214/aos/1176344552). Infinite values stand for
+    later than all others; a bound among them is NaN.
     """
     with np.errstate(invalid="ignore"):
-        low, high = np.percentile(values[1:], (2.5, 97.5), axis=0)
-    return np.where(np.isfinite(low), low, np.nan), np.where(np.isfinite(high), high, np.nan)
+        bounds = np.percentile(values[1:], (2.5, 97.5), axis=0)
+    return np.stack([values[0], *np.where(np.isfinite(bounds), bounds, np.nan)])
 
 
-def tabulate(contributions: dict[str, np.ndarray], curve: Curve, entries: list[Entry]) -> dict[str, np.ndarray]:
-    """All that is found of a curve: MEANS and their intervals, and unrelated, float64 (steps, layers + 1) each; and the
-    peak of the word share with all resamples, peak_layer and gain, float64 (1 + resamples, steps).
+def tabulate(contributions: dict[str, np.ndarray], curve: Curve, entries: list[Entry]) -> None:
+    """Fills a curve's table: MEANS with their intervals, float64 (3, steps, layers + 1) each; unrelated, (steps,
+    layers + 1); and layer and height of the word share's peak above the first step, with their intervals, (3, steps).
+
+    The peak is NaN at the first step, which has none above itself, and where there are no shares.
 
     contributions: COSINES, (steps, layers + 1, words) each. P1 and P2 are means over the words that have them; P12, the
     difference and the shares over those that have both.
@@ -796,30 +745,18 @@ def tabulate(contributions: dict[str, np.ndarray], curve: Curve, entries: list[E
 
     P1, P2, P12 = (mean(name, with_both) for name in ("P1", "P2", "P12"))
     varying = np.where(1 - P12[0] < 1e-4, np.nan, 1 - P12)  # nothing varies in layer 0
-    means = {"P1": mean("P1", with_contexts), "P2": mean("P2", with_perturbed), "P12": P12, "P1-P2": P1 - P2}
-    means |= {"word_share": (P1 - P12) / varying, "context_share": (P2 - P12) / varying}
-    table = {"unrelated": contributions["unrelated"][..., curve.rows].mean(-1, dtype=np.float64)}
-    for name in MEANS:
-        table[name] = means[name][0]
-        table[f"{name}_low"], table[f"{name}_high"] = interval(means[name])
-    gain = means["word_share"] - means["word_share"][:, :1]  # above the first step's
+    word_share, context_share = (P1 - P12) / varying, (P2 - P12) / varying
+    means = (mean("P1", with_contexts), mean("P2", with_perturbed), P12, P1 - P2, word_share, context_share)
+    for name, values in zip(MEANS, means, strict=True):
+        curve.table[name] = interval(values)
+    curve.table["unrelated"] = contributions["unrelated"][..., curve.rows].mean(-1, dtype=np.float64)
+    gain = word_share - word_share[:, :1]
     gain = np.where(np.isnan(gain), -np.inf, gain)
-    table["gain"] = gain.max(-1)
-    table["peak_layer"] = np.where(np.isfinite(table["gain"]), gain.argmax(-1), np.nan)
-    return table
-
-
-def find_peaks(curve: Curve) -> list[np.ndarray]:
-    """Layer and height of the word share's peak above the first step, float64 (steps,), each with its interval.
-
-    NaN at the first step, which has no peak above itself, and where there are no shares.
-    """
-    known = np.isfinite(curve.table["gain"][0]) & (np.arange(curve.table["gain"].shape[1]) > 0)
-    peaks = []
-    for name in ("peak_layer", "gain"):
-        for values in (curve.table[name][0], *interval(curve.table[name])):
-            peaks.append(np.where(known, values, np.nan))
-    return peaks
+    height = gain.max(-1)  # (1 + resamples, steps)
+    layer = np.where(np.isfinite(height), gain.argmax(-1), np.nan)
+    known = np.isfinite(height[0]) & (np.arange(height.shape[1]) > 0)
+    for name, values in (("peak_layer", layer), ("gain", height)):
+        curve.table[name] = np.where(known, interval(values), np.nan)
 
 
 def write_csv(file: Path, header: str, rows: list[list]) -> None:
@@ -844,18 +781,19 @@ def write_tables(
         for index, layer in np.ndindex(contributions["P1"].shape[:2]):
             values = [float(contributions[name][index, layer, number]) for name in COSINES]
             rows.append([entry.word, entry.tokens, steps[index], layer, *values])
-    columns = [f"{name}{end}" for name in MEANS for end in ("", "_low", "_high")] + ["unrelated"]
     for curve in curves:
-        for index, layer in np.ndindex(curve.table["P1"].shape):
-            values = [curve.table[name][index, layer] for name in columns]
-            mean_rows.append([curve.tokens, len(curve.rows), steps[index], layer, *values])
+        for index, layer in np.ndindex(curve.table["unrelated"].shape):
+            row = [curve.tokens, len(curve.rows), steps[index], layer]
+            for name in MEANS:
+                row += curve.table[name][:, index, layer].tolist()
+            mean_rows.append([*row, curve.table["unrelated"][index, layer]])
         if curve.tokens != "all":
-            peaks = find_peaks(curve)
             for index, step in enumerate(steps[1:], 1):
-                values = [float(value[index]) for value in peaks]
-                peak_rows.append([curve.tokens, len(curve.rows), step, *values])
+                peak = [*curve.table["peak_layer"][:, index], *curve.table["gain"][:, index]]
+                peak_rows.append([curve.tokens, len(curve.rows), step, *peak])
+    columns = ",".join(f"{name},{name}_low,{name}_high" for name in MEANS)
     write_csv(results / "perturbation.csv", f"word,tokens,step,layer,{','.join(COSINES)}", rows)
-    write_csv(results / "perturbation_mean.csv", f"tokens,words,step,layer,{','.join(columns)}", mean_rows)
+    write_csv(results / "perturbation_mean.csv", f"tokens,words,step,layer,{columns},unrelated", mean_rows)
     write_csv(results / "peaks.csv", "tokens,words,step,layer,layer_low,layer_high,gain,gain_low,gain_high", peak_rows)
 
 
@@ -889,13 +827,20 @@ def scale_steps(axes: Axes, direction: str, steps: list[int]) -> None:
 
 
 def group_styles(curves: list[Curve]) -> dict[int, dict]:
-    """Colour and marker of each group, by its number of tokens."""
+    """Colour, marker and label of each group, by its number of tokens."""
     groups = sorted({curve.tokens for curve in curves})
     colours = colormaps["viridis"](np.linspace(0, 0.85, len(groups)))
     styles = {}
     for tokens, colour, marker in zip(groups, colours, cycle("osD^vP*X"), strict=False):
-        styles[tokens] = {"color": colour, "marker": marker, "markersize": 4}
+        styles[tokens] = {"color": colour, "marker": marker, "markersize": 4, "label": name_tokens(tokens)}
     return styles
+
+
+def draw_line(axes: Axes, positions: list[int] | range, values: np.ndarray, style: dict) -> None:
+    """Draws an estimate and its interval: float64 (3, positions)."""
+    estimate, low, high = values
+    axes.plot(positions, estimate, **style)
+    axes.fill_between(positions, low, high, color=style["color"], alpha=0.25, linewidth=0)
 
 
 def file_name(word: str) -> str:
@@ -934,53 +879,50 @@ def make_panels(title: str, label: str, steps: list[int], layers: int) -> tuple[
 
 def draw_cosines(title: str, steps: list[int], table: dict[str, np.ndarray]) -> Figure:
     """P1, P2, P12 and the floor against layer, with intervals where there are any; a panel a step."""
-    layers = table["P1"].shape[1] - 1
+    layers = table["unrelated"].shape[1] - 1
     figure, panels = make_panels(title, "cosine similarity at the last token", steps, layers)
     for index, axes in enumerate(panels):
         for name, style in STYLES.items():
-            axes.plot(table[name][index], **style)
-            if f"{name}_low" in table:
-                low, high = table[f"{name}_low"][index], table[f"{name}_high"][index]
-                axes.fill_between(range(layers + 1), low, high, color=style["color"], alpha=0.25, linewidth=0)
+            if table[name].ndim == 3:
+                draw_line(axes, range(layers + 1), table[name][:, index], style)
+            else:
+                axes.plot(table[name][index], **style)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=len(STYLES))
     return figure
 
 
 def draw_shares(family: str, steps: list[int], curves: list[Curve]) -> Figure:
     """Word share against layer, a line a number of tokens; and the context share of all words; a panel a step."""
-    layers = curves[0].table["P1"].shape[1] - 1
+    *groups, all_words = curves
+    layers = all_words.table["unrelated"].shape[1] - 1
     title = f"{family}: how much of what varies goes with the word, with 95 % intervals"
     figure, panels = make_panels(title, "share of what varies at the last token", steps, layers)
-    styles = group_styles(curves[:-1])
+    styles = group_styles(groups)
     for index, axes in enumerate(panels):
-        for curve in curves[:-1]:
-            label = f"word share, {name_tokens(curve.tokens)}"
-            axes.plot(curve.table["word_share"][index], label=label, **styles[curve.tokens])
-            low, high = curve.table["word_share_low"][index], curve.table["word_share_high"][index]
-            colour = styles[curve.tokens]["color"]
-            axes.fill_between(range(layers + 1), low, high, color=colour, alpha=0.2, linewidth=0)
+        for curve in groups:
+            style = styles[curve.tokens] | {"label": f"word share, {name_tokens(curve.tokens)}"}
+            draw_line(axes, range(layers + 1), curve.table["word_share"][:, index], style)
         label = "context share, all words"
-        axes.plot(curves[-1].table["context_share"][index], color="grey", linewidth=1, label=label)
+        axes.plot(all_words.table["context_share"][0, index], color="grey", linewidth=1, label=label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="lower center", ncols=3)
     return figure
 
 
 def draw_peaks(family: str, steps: list[int], curves: list[Curve]) -> Figure:
     """Height and layer of the peak of the word share against step, a line a number of tokens."""
+    *groups, all_words = curves
     figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
-    styles = group_styles(curves[:-1])
-    for curve in curves[:-1]:
-        layer, layer_low, layer_high, gain, gain_low, gain_high = find_peaks(curve)
-        style = styles[curve.tokens]
-        for axes, values in ((panels[0], (gain, gain_low, gain_high)), (panels[1], (layer, layer_low, layer_high))):
-            axes.plot(steps, values[0], label=f"{name_tokens(curve.tokens)} ({len(curve.rows)} words)", **style)
-            axes.fill_between(steps, *values[1:], color=style["color"], alpha=0.2, linewidth=0)
+    styles = group_styles(groups)
+    for curve in groups:
+        style = styles[curve.tokens] | {"label": f"{name_tokens(curve.tokens)} ({len(curve.rows)} words)"}
+        draw_line(panels[0], steps, curve.table["gain"], style)
+        draw_line(panels[1], steps, curve.table["peak_layer"], style)
     for axes in panels:
         axes.set_xlabel("training step")
         axes.grid(alpha=0.3)
     scale_steps(panels[0], "x", steps)
-    layers = curves[0].table["P1"].shape[1] - 1
+    layers = all_words.table["unrelated"].shape[1] - 1
     panels[0].set_ylabel(f"height: word share above its value at step {steps[0]}")
     panels[1].set_ylabel(f"layer of the peak, of {layers}")
     panels[1].set_ylim(-0.5, layers + 0.5)
@@ -991,20 +933,18 @@ def draw_peaks(family: str, steps: list[int], curves: list[Curve]) -> Figure:
 
 def draw_overview(family: str, steps: list[int], curve: Curve) -> Figure:
     """Word share, context share and P1 - P2, over all words, as heat maps of layers by steps."""
-    layers = curve.table["P1"].shape[1] - 1
-    titles = {"word_share": "word share", "context_share": "context share", "P1-P2": "P1 - P2"}
+    layers = curve.table["unrelated"].shape[1] - 1
+    means = {name: curve.table[name][0] for name in ("word_share", "context_share", "P1-P2")}
     figure = Figure(figsize=(14, 5), dpi=110, layout="constrained")
-    panels = figure.subplots(1, len(titles), sharex=True, sharey=True)
-    shares = np.stack([curve.table["word_share"], curve.table["context_share"]])
-    shares = shares[np.isfinite(shares)]
-    differences = curve.table["P1-P2"][np.isfinite(curve.table["P1-P2"])]
-    widest = max([0.01, *np.abs(differences)])
-    for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        scale = {"vmin": min([0, *shares]), "vmax": max([0.01, *shares]), "cmap": "viridis"}
+    panels = figure.subplots(1, len(means), sharex=True, sharey=True)
+    shares = np.append([means["word_share"], means["context_share"]], [0, 0.01])  # some number, if there are no shares
+    widest = np.nanmax(np.abs(np.append(means["P1-P2"], 0.01)))
+    for axes, (name, mean) in zip(panels, means.items(), strict=True):
+        scale = {"vmin": np.nanmin(shares), "vmax": np.nanmax(shares)}
         if name == "P1-P2":
             scale = {"vmin": -widest, "vmax": widest, "cmap": "RdBu_r"}
-        image = axes.imshow(curve.table[name].T, origin="lower", aspect="auto", **scale)
-        axes.set_title(title)
+        image = axes.imshow(mean.T, origin="lower", aspect="auto", **scale)
+        axes.set_title(name.replace("_", " "))
         figure.colorbar(image, ax=axes)
     labelled = range(len(steps) - 1, -1, -(len(steps) // 9 + 1))
     panels[0].set_xticks(labelled, [name_step(steps[index]) for index in labelled])
@@ -1055,32 +995,35 @@ def say_answer(steps: list[int], curves: list[Curve]) -> None:
     """Says where and when the word share peaks, by number of tokens."""
     say(f"peak of the word share above step {steps[0]}, with 95 % intervals")
     for curve in curves[:-1]:
-        layer, layer_low, layer_high, gain, low, high = find_peaks(curve)
-        if np.isnan(gain).all():
+        peak_layer, gain = curve.table["peak_layer"], curve.table["gain"]
+        if np.isnan(gain[0]).all():
             say(f"  {name_tokens(curve.tokens):9} none: there are no shares")
             continue
-        highest, last = int(np.nanargmax(gain)), len(steps) - 1
-        for when, index in (("highest", highest), ("at the end", last)):
-            height = f"{gain[index]:.2f} [{low[index]:.2f}, {high[index]:.2f}]"
-            where = f"layer {layer[index]:.0f} [{layer_low[index]:.0f}, {layer_high[index]:.0f}]"
-            say(f"  {name_tokens(curve.tokens):9} {when:10} step {steps[index]:<7} {height} in {where}")
+        for when, index in (("highest", np.nanargmax(gain[0])), ("at the end", len(steps) - 1)):
+            height, low, high = gain[:, index]
+            layer, lowest, highest = peak_layer[:, index]
+            found = f"{height:.2f} [{low:.2f}, {high:.2f}] in layer {layer:.0f} [{lowest:.0f}, {highest:.0f}]"
+            say(f"  {name_tokens(curve.tokens):9} {when:10} step {steps[index]:<7} {found}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="?", help="folder of checkpoints [CHECKPOINTS_DIR, beside this script]")
-    parser.error = stop
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        raise Problem(f"unrecognized arguments: {' '.join(unknown)}")
     check_settings()
     device = choose_device()
     family = find_family(arguments.family or str(HERE / CHECKPOINTS_DIR))
     checkpoints = find_checkpoints(family)
     config, tokenizer, fingerprints = read_family(checkpoints)
-    entries, texts = choose_entries(read_contexts(), tokenizer, config)
+    entries, texts = choose_entries(read_contexts(), tokenizer)
     start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
-    sequences = [start + text.token_ids for text in texts]
+    sequences = [start + token_ids for token_ids in texts.values()]
+    longest, positions = max(sequences, key=len), config.max_position_embeddings
+    if len(longest) > positions:
+        fault = f"{tokenizer.decode(longest)!r:.60} has {len(longest)} tokens, the model {positions} positions"
+        raise Problem(f"{fault}: shorten it in {CONTEXTS_FILE}")
     results, earlier_figures = open_results(family)
 
     steps = list(checkpoints)
@@ -1093,16 +1036,21 @@ def main() -> None:
         if RANK == 0 and re.fullmatch(r"step\d+-[0-9a-f]{16}\.npz", file.name) and file not in files.values():
             file.unlink(missing_ok=True)
     if RANKS > 1:
-        missing = agree_between_ranks(missing, keys)
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
+        seen = [None] * RANKS
+        torch.distributed.all_gather_object(seen, (missing, keys))
+        if any(other_keys != keys for _, other_keys in seen):
+            raise Problem("the ranks differ in script, inputs, checkpoints or libraries: make them the same")
+        missing, _ = seen[0]  # what the first of them misses
     say(f"family   {family}")
     say(f"steps    {', '.join(map(name_step, steps))} ({len(missing)} of {len(steps)} to measure)")
     groups = sorted(Counter(entry.tokens for entry in entries).items())
     say(f"words    {', '.join(f'{count} of {name_tokens(tokens)}' for tokens, count in groups)}")
     say(f"texts    {len(texts)} sentences")
     say(f"device   {device}, {DTYPE}" + (f", {RANKS} ranks" if RANKS > 1 else ""))
-    share = dict(list(missing.items())[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS])
+    share = dict(np.array_split(list(missing.items()), RANKS)[RANK])
     if share:
-        measure(checkpoints, share, sequences, texts, entries, config, device)
+        measure(checkpoints, share, sequences, list(texts), entries, config, device)
     if RANKS > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -1119,7 +1067,7 @@ def main() -> None:
     for tokens in [*sorted({entry.tokens for entry in entries}), "all"]:
         rows = [row for row, entry in enumerate(entries) if tokens in (entry.tokens, "all")]
         curves.append(Curve(tokens, rows, {}))
-        curves[-1].table.update(tabulate(contributions, curves[-1], entries))
+        tabulate(contributions, curves[-1], entries)
     write_tables(results, steps, entries, curves, contributions)
     figures = draw_figures(results, steps, entries, curves, contributions)
     for name in set(earlier_figures) - set(figures):
@@ -1137,22 +1085,19 @@ if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets an escape
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    problem = None
     try:
         with torch.inference_mode():
             main()
-    except Problem as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error}; make room, or set another RESULTS_DIR, and run again: what was measured is kept"
-    except (MemoryError, RuntimeError) as error:  # torch's errors of memory are RuntimeErrors
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        problem = f"{reason(error)}: lower BATCH_TOKENS, BOOTSTRAP_RESAMPLES; what was measured is kept"
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, and the next run continues from there", file=sys.stderr)
         sys.exit(130)
-    if problem:
+    except (Problem, OSError, MemoryError, RuntimeError) as error:
+        problem = reason(error)
+        if isinstance(error, RuntimeError) and "memory" not in problem:  # torch's errors of memory are RuntimeErrors
+            raise
+        if isinstance(error, OSError):
+            problem += "; make room, or set another RESULTS_DIR; what was measured is kept"
+        elif not isinstance(error, Problem):
+            problem += "; lower BATCH_TOKENS or BOOTSTRAP_RESAMPLES, or read less; what was measured is kept"
         print(f"error: {plain(problem)}", file=sys.stderr)
         sys.exit(2)

@@ -33,7 +33,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, is not to end in a traceback
     usual_handler = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
 
-import argparse
 import csv
 import hashlib
 import inspect
@@ -43,6 +42,7 @@ import re
 import sys
 import tempfile
 import zipfile
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -52,11 +52,10 @@ from itertools import cycle
 from operator import and_
 from pathlib import Path
 from threading import Thread
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed
 import transformers
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -103,13 +102,12 @@ BOS = "<|endoftext|>"
 OF_TEXTS = ("similarity", "stability", "covariance", "variance")  # what a checkpoint contributes of each text,
 OF_CURVES = ("unrelated", "cka")  # and of each curve
 ARCHITECTURE = (  # what defines the base model, as attributes of GPTNeoXConfig: the same in all of a family
-    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
-    *("layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias"),
-)
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
+    "layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias",
+)  # fmt: skip
 ROPE_OF_2022 = ("rotary_pct", "rotary_emb_base", "rope_scaling", "rope_theta", "partial_rotary_factor")  # older names
-SURPLUS = (  # endings of tensors that are no part of it: buffers that files of 2022 hold, and the head
-    *("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq", "embed_out.weight", "lm_head.weight"),
-)
+# endings of tensors that are no part of it: buffers that files of 2022 hold, and the head
+SURPLUS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq", "embed_out.weight", "lm_head.weight")
 
 
 class Problem(Exception):
@@ -133,9 +131,7 @@ class Curve(NamedTuple):
 class Contrast(NamedTuple):
     curve: Curve
     other: Curve
-    ratio: np.ndarray  # of their half-way steps, float64 (layers + 1,)
-    low: np.ndarray  # its interval
-    high: np.ndarray
+    ratio: np.ndarray  # of their half-way steps, float64 (3, layers + 1): see interval
 
 
 class Tree(NamedTuple):
@@ -162,10 +158,6 @@ def warn(message: str) -> None:
         print(f"warning: {plain(message)}", file=sys.stderr)
 
 
-def stop(message: str) -> NoReturn:
-    raise Problem(message)
-
-
 def reason(error: Exception) -> str:
     """What an error says: of a library's its name and, in one line, its first 500 characters."""
     if isinstance(error, Problem):
@@ -181,8 +173,8 @@ def is_text(value: object) -> bool:
     return value == value.encode("utf-8", "ignore").decode("utf-8")
 
 
-def is_whole(value: object, least: int) -> bool:
-    return type(value) is int and value >= least
+def is_whole(value: object, least: int, most: float = math.inf) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def check_settings() -> None:
@@ -191,7 +183,6 @@ def check_settings() -> None:
     kinds_right = isinstance(KINDS, tuple | list) and KINDS and all(KINDS.count(kind) == 1 for kind in KINDS)
     kinds_right = kinds_right and all(kind in ("word", "recombined", "carried") for kind in KINDS)
     device_right = isinstance(DEVICE, str) and re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", DEVICE)
-    resamples_right = is_whole(BOOTSTRAP_RESAMPLES, 1) and BOOTSTRAP_RESAMPLES <= 10_000
     for name, right, expected in (
         ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
         ("RESULTS_DIR", is_text(RESULTS_DIR), "the name of a folder"),
@@ -208,7 +199,7 @@ def check_settings() -> None:
         ("DEVICE", device_right, '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
         ("BATCH_TOKENS", BATCH_TOKENS is None or is_whole(BATCH_TOKENS, 1), "None or a number of at least 1"),
         ("SEED", is_whole(SEED, 0), "a number of at least 0"),
-        ("BOOTSTRAP_RESAMPLES", resamples_right, "a number from 1 to 10000"),
+        ("BOOTSTRAP_RESAMPLES", is_whole(BOOTSTRAP_RESAMPLES, 1, 10_000), "a number from 1 to 10000"),
     ):
         if not right:
             raise Problem(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
@@ -259,17 +250,14 @@ def without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 def read_json(file: Path, expected: str) -> dict:
     """The object that a JSON file holds. An empty one, and a key that stands in it twice, are errors too."""
-    if not file.is_file():
-        raise Problem(f"{file} is not there, or no file: expected {expected}")
     try:
+        if not file.is_file():  # a named pipe, say, which would be waited for without end
+            raise Problem("it is not there, or no file")
         content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
-    except OSError as error:
-        raise Problem(f"{file} cannot be read ({error.strerror}): expected {expected}") from None
-    except (ValueError, RecursionError) as error:
-        raise Problem(f"{file} is not the JSON expected ({reason(error)}): expected {expected}") from None
-    if not isinstance(content, dict) or not content:
-        found = "an empty object" if content == {} else f"a {type(content).__name__}"
-        raise Problem(f"{file}: found {found}, expected {expected}")
+        if not isinstance(content, dict) or not content:
+            raise Problem(f"it holds {content!r:.40}")
+    except (Problem, OSError, ValueError, RecursionError) as error:
+        raise Problem(f"{file}: expected {expected}, but {reason(error)}") from None
     return content
 
 
@@ -284,9 +272,7 @@ def read_words() -> dict[str, float]:
             unusable.append(f"{word!r}: {frequency!r:.40}")
     if unusable:
         some = ", ".join(unusable[:5])
-        raise Problem(
-            f"{file}: expected words without white space and frequencies above 0, found {len(unusable)} others: {some}"
-        )
+        raise Problem(f"{file}: remove what is no word, or has no frequency above 0, {len(unusable)} entries: {some}")
     return words
 
 
@@ -429,24 +415,22 @@ def match_frequencies(groups: dict[int, list[Text]]) -> dict[int, list[Text]]:
     bin the words are taken in the order of their group.
     """
     counts = {tokens: Counter(map(frequency_bin, texts)) for tokens, texts in groups.items()}
-    room = reduce(and_, counts.values())  # bin: the least count of all groups
-    while room.total() < MIN_GROUP_SIZE:
-        room_without = {}
-        for tokens in counts:
-            room_without[tokens] = reduce(and_, [counts[other] for other in counts if other != tokens])
-        worst = max(counts, key=lambda tokens: room_without[tokens].total())
-        warn(
-            f"the words of {name_tokens(worst)} in {WORDS_FILE} do not match the other groups in frequency: left out; "
-            "add words that do, or set MATCH_FREQUENCY = False"
-        )
-        room = room_without[worst]
+
+    def room(left_out: int | None = None) -> Counter:  # bin: the least count of the groups
+        return reduce(and_, [counts[tokens] for tokens in counts if tokens != left_out])
+
+    while room().total() < MIN_GROUP_SIZE:
+        worst = max(counts, key=lambda tokens: room(tokens).total())
+        group = f"words of {name_tokens(worst)} that match the others in frequency"
+        warn(f"{WORDS_FILE} has too few {group}: left out; add some, or set MATCH_FREQUENCY = False")
         del counts[worst]
-    if WORDS_PER_GROUP is not None and room.total() > WORDS_PER_GROUP:
-        ends = np.cumsum([0, *room.values()]) * WORDS_PER_GROUP // room.total()  # so rounded, they add up to it
-        room = dict(zip(room, np.diff(ends), strict=True))
+    taken = room()
+    if WORDS_PER_GROUP is not None and taken.total() > WORDS_PER_GROUP:
+        ends = np.cumsum([0, *taken.values()]) * WORDS_PER_GROUP // taken.total()  # so rounded, they add up to it
+        taken = dict(zip(taken, np.diff(ends), strict=True))
     matched = {}
     for tokens in counts:
-        left, matched[tokens] = Counter(room), []
+        left, matched[tokens] = Counter(taken), []
         for text in groups[tokens]:
             if left[frequency_bin(text)] > 0:
                 left[frequency_bin(text)] -= 1
@@ -465,9 +449,7 @@ def draw_words(texts: list[Text]) -> dict[int, list[Text]]:
         order = np.random.default_rng([SEED, tokens]).permutation(len(group))
         groups[tokens] = [group[index] for index in order]
     if not groups:
-        raise Problem(
-            f"{HERE / WORDS_FILE}: no group has MIN_GROUP_SIZE = {MIN_GROUP_SIZE} words: lower it or add words"
-        )
+        raise Problem(f"{WORDS_FILE} has no group of MIN_GROUP_SIZE = {MIN_GROUP_SIZE} words: lower it or add words")
     if MATCH_FREQUENCY:
         return match_frequencies(groups)
     return {tokens: group[:WORDS_PER_GROUP] for tokens, group in groups.items()}
@@ -492,18 +474,14 @@ def recombine(group: list[Text], tokenizer: Tokenizer, words: set[str]) -> list[
         for index in words_made:
             other = rng.integers(len(group))
             beginnings[index], beginnings[other] = beginnings[other], beginnings[index]
-    raise Problem(
-        f"{HERE / WORDS_FILE}: found no way to recombine the words of {name_tokens(tokens)} without making words: add "
-        'words, or take "recombined" out of KINDS'
-    )
+    raise Problem(f"{WORDS_FILE}: recombined words of {name_tokens(tokens)} are words: add words, or change KINDS")
 
 
-def choose_curves(words: dict[str, float], tokenizer: Tokenizer, config: GPTNeoXConfig) -> list[Curve]:
+def choose_curves(words: dict[str, float], tokenizer: Tokenizer) -> list[Curve]:
     """The curves with their texts. The n-th text of a group ends in the same token in all kinds."""
     strings = [" " + word if LEADING_SPACE else word for word in words]
-    all_texts = []
-    for word, token_ids in zip(words, encode(tokenizer, strings), strict=True):
-        all_texts.append(Text(word, words[word], token_ids))
+    encoded = encode(tokenizer, strings)
+    all_texts = [Text(word, words[word], ids) for word, ids in zip(words, encoded, strict=True)]
     decoded = set(tokenizer.decode_batch([text.token_ids for text in all_texts]))
     (carrier,) = encode(tokenizer, [CARRIER])
     curves, end = [], 0
@@ -516,22 +494,12 @@ def choose_curves(words: dict[str, float], tokenizer: Tokenizer, config: GPTNeoX
                 texts = recombine(group, tokenizer, decoded)
             if kind == "carried":
                 if len(carrier) < tokens:
-                    raise Problem(
-                        f"CARRIER has {name_tokens(len(carrier))}, too few for words of {name_tokens(tokens)}"
-                    )
+                    raise Problem(f"CARRIER has {name_tokens(len(carrier))}, some words {tokens}: make it longer")
                 texts = [text._replace(token_ids=carrier[tokens - 1 :] + text.token_ids) for text in group]
             start, end = end, end + len(texts)
             curves.append(Curve(tokens, kind, texts, slice(start, end), {}))
     if not curves:
-        raise Problem(
-            'KINDS: words of 1 token cannot be recombined; add "word" or "carried", or longer words to GROUPS'
-        )
-    longest = max(len(text.token_ids) for curve in curves for text in curve.texts) + PREPEND_BOS
-    if longest > config.max_position_embeddings:
-        raise Problem(
-            f"the longest text has {longest} tokens, the model {config.max_position_embeddings} positions: change "
-            "GROUPS or CARRIER"
-        )
+        raise Problem("words of 1 token cannot be recombined: add another kind to KINDS, or longer words to GROUPS")
     return curves
 
 
@@ -543,34 +511,29 @@ def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list
     the batch's tokens, unless one sequence is longer; the next repeats only the ancestors that both need.
     """
     batch_tokens = BATCH_TOKENS or (256 if device.type == "cpu" else 2048)
-    trees, previous, path = [], (), []
+    packs = []  # for each tree {prefix: its node}, and the rows of its texts
     for row in sorted(range(len(sequences)), key=sequences.__getitem__):
         sequence = sequences[row]
-        shared = 0
-        while shared < min(len(previous), len(sequence)) and previous[shared] == sequence[shared]:
-            shared += 1
-        if not trees or len(trees[-1][0]) + len(sequence) - shared > batch_tokens:
-            tokens, paths, last, rows = [], [], [], []
-            trees.append((tokens, paths, last, rows))
-            shared = 0
-        path = path[:shared]
-        for token in sequence[shared:]:
-            path = [*path, len(tokens)]
-            tokens.append(token)
-            paths.append(path)
-        last.append(path[-1])
+        prefixes = [sequence[:end] for end in range(1, len(sequence) + 1)]
+        new = [prefix for prefix in prefixes if packs and prefix not in packs[-1][0]]
+        if not packs or len(packs[-1][0]) + len(new) > batch_tokens:
+            packs.append(({}, []))
+            new = prefixes
+        nodes, rows = packs[-1]
+        for prefix in new:
+            nodes[prefix] = len(nodes)
         rows.append(row)
-        previous = sequence
 
-    packed = []
-    for tokens, paths, last, rows in trees:
-        mask = torch.zeros(1, 1, len(tokens), len(tokens), dtype=torch.bool)
-        for node, path in enumerate(paths):
-            mask[0, 0, node, path] = True
-        positions = torch.tensor([[len(path) - 1 for path in paths]])
-        inputs = {"input_ids": torch.tensor([tokens]), "position_ids": positions, "attention_mask": mask}
-        packed.append(Tree(inputs, last, rows))
-    return packed
+    trees = []
+    for nodes, rows in packs:
+        mask = torch.zeros(1, 1, len(nodes), len(nodes), dtype=torch.bool)
+        for prefix, node in nodes.items():
+            mask[0, 0, node, [nodes[prefix[:end]] for end in range(1, len(prefix) + 1)]] = True
+        token_ids = torch.tensor([[prefix[-1] for prefix in nodes]])
+        positions = torch.tensor([[len(prefix) - 1 for prefix in nodes]])
+        inputs = {"input_ids": token_ids, "position_ids": positions, "attention_mask": mask}
+        trees.append(Tree(inputs, [nodes[sequences[row]] for row in rows], rows))
+    return trees
 
 
 def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor, activation: str = "none") -> torch.Tensor:
@@ -586,13 +549,13 @@ def onednn_mlp(mlp: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
 def build_model(config: GPTNeoXConfig, device: torch.device) -> GPTNeoXModel:
     """The base model, with no weights yet. Its blocks compute in DTYPE; the residual stream stays in float32."""
     config._attn_implementation = "sdpa"
-    with torch.device("meta"):  # so that no time goes into random weights
+    with torch.device("meta"):  # so that no time goes into random weights, and no memory into another type
         model = GPTNeoXModel(config)
-    model.to_empty(device=device).eval()
-    model.rotary_emb = type(model.rotary_emb)(config).to(device)  # its frequencies are in no file
     linear_layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
     for layer in linear_layers:
         layer.to(getattr(torch, DTYPE))
+    model.to_empty(device=device).eval()
+    model.rotary_emb = type(model.rotary_emb)(config).to(device)  # its frequencies are in no file
     if DTYPE == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
         for layer in linear_layers:
             layer.forward = partial(onednn_linear, layer)
@@ -646,10 +609,8 @@ def read_unit_states(
         wrong = ~(norms.isfinite() & (norms > 0))
         if wrong.any():
             layer, index, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
-            raise Problem(
-                f"{folder.name}, layer {layer}: the hidden state of {names[tree.rows[index]]!r:.60} is not finite, or "
-                f'zero; fetch {folder} again, or set DTYPE = "float32"'
-            )
+            fault = f"the hidden state of {names[tree.rows[index]]!r:.60} is not finite, or zero"
+            raise Problem(f'{folder}, layer {layer}: {fault}; fetch it again, or set DTYPE = "float32"')
         store[:, tree.rows] = (states / norms).to(store.device)
         progress.update()
 
@@ -696,24 +657,16 @@ def compare(unit: torch.Tensor, final: torch.Tensor, before: torch.Tensor) -> di
     }
 
 
-def contribution_of(
-    states: torch.Tensor,
-    final_states: torch.Tensor,
-    states_before: torch.Tensor,
-    curves: list[Curve],
-    device: torch.device,
-) -> dict[str, np.ndarray]:
-    """All that a checkpoint contributes, from its unit states, the final ones and those of the checkpoint before.
+def contribution_of(stores: list[torch.Tensor], curves: list[Curve], device: torch.device) -> dict[str, np.ndarray]:
+    """All that a checkpoint contributes, float32: OF_TEXTS (layers + 1, texts), OF_CURVES (layers + 1, curves).
 
-    Each is (layers + 1, texts, width). Returns OF_TEXTS, float32 (layers + 1, texts), and OF_CURVES, float32
-    (layers + 1, curves).
+    stores: its unit states, the final ones and those of the checkpoint before, (layers + 1, texts, width) each.
     """
-    layers, texts, _ = states.shape
+    layers, texts, _ = stores[0].shape
     contribution = {name: np.empty((layers, texts), np.float32) for name in OF_TEXTS}
     contribution |= {name: np.empty((layers, len(curves)), np.float32) for name in OF_CURVES}
     for layer in range(layers):
         for number, curve in enumerate(curves):
-            stores = (states, final_states, states_before)
             unit, final, before = (store[layer, curve.rows].to(device) for store in stores)
             for name, value in compare(unit, final, before).items():
                 place = curve.rows if name in OF_TEXTS else number
@@ -747,7 +700,7 @@ def measure(
             else:
                 read_unit_states(model, upcoming, trees, names, states, progress)
             if step in missing:
-                contribution = contribution_of(states, final_states, states_before, curves, device)
+                contribution = contribution_of([states, final_states, states_before], curves, device)
                 if step not in before:
                     contribution["stability"][:] = np.nan
                 write_arrays(missing[step], contribution)
@@ -796,13 +749,11 @@ def write_arrays(file: Path, arrays: dict[str, object]) -> None:
 
 def read_kept(file: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray] | None:
     """What a checkpoint contributed, or None if that is not known: arrays of these names and shapes."""
-    try:
-        with np.load(file) as arrays:
-            contribution = dict(arrays)
-    except Exception:  # whatever the reader raises, the file holds nothing that can be used
-        return None
-    right = {name: array.shape for name, array in contribution.items()} == shapes
-    return contribution if right else None
+    with suppress(Exception), np.load(file) as arrays:  # what cannot be read, for whatever reason, is not known
+        contribution = dict(arrays)
+        if {name: array.shape for name, array in contribution.items()} == shapes:
+            return contribution
+    return None
 
 
 def open_results(family: Path) -> tuple[Path, list[str]]:
@@ -815,13 +766,11 @@ def open_results(family: Path) -> tuple[Path, list[str]]:
     if not record.exists():
         record_run(results, family, [])
     earlier = read_json(record, "the record of an earlier run; delete it")
-    if earlier.get("family") != str(family):
-        raise Problem(
-            f"{results} holds the results of {earlier.get('family')}: rename one of the families, or set another "
-            f"RESULTS_DIR; if {family} is the same family, moved, delete {record}"
-        )
-    figures = earlier.get("figures")
-    return results, figures if isinstance(figures, list) else []
+    owner = earlier.get("family")
+    if owner != str(family):
+        ways = f"rename one, set another RESULTS_DIR or, if it only moved, delete {record}"
+        raise Problem(f"{results} holds the results of {owner}, not of {family}: {ways}")
+    return results, earlier.get("figures") or []
 
 
 def record_run(results: Path, family: Path, figures: list[str]) -> None:
@@ -830,40 +779,23 @@ def record_run(results: Path, family: Path, figures: list[str]) -> None:
         json.dump({"family": str(family), "figures": figures}, stream)
 
 
-def agree_between_ranks(missing: dict[int, Path], keys: dict[int, str]) -> dict[int, Path]:
-    """Connects the ranks. Returns what the first of them misses, once all have the same keys."""
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
-    seen = [None] * RANKS
-    torch.distributed.all_gather_object(seen, (missing, keys))
-    if any(other_keys != keys for _, other_keys in seen):
-        raise Problem(
-            "the ranks differ in the script, its inputs, the checkpoints or the libraries: make them the same"
-        )
-    return seen[0][0]
-
-
 def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
     """Warns of checkpoints that agree with an earlier one bit for bit from layer 0 upwards: they share weights.
 
-    values: float (steps, layers + 1, texts).
+    values: float32 (steps, layers + 1, texts).
     """
+    bits = values.view(np.int32)
     copies = defaultdict(list)  # (an earlier step, how many layers agree with it): the later steps
     for later in range(1, len(steps)):
-        depths = []  # how many layers, from 0 upwards, agree with each earlier step
-        for earlier in range(later):
-            one, other, depth = values[earlier], values[later], 0
-            while depth < len(one) and np.array_equal(one[depth], other[depth], equal_nan=True):
-                depth += 1
-            depths.append(depth)
-        if max(depths) > 0:
-            copies[steps[depths.index(max(depths))], max(depths)].append(steps[later])
+        agree = (bits[:later] == bits[later]).all(-1)  # (earlier steps, layers + 1)
+        depths = np.cumprod(agree, axis=1).sum(1)  # how many layers agree, from 0 upwards
+        if depths.max() > 0:
+            copies[steps[depths.argmax()], depths.max()].append(steps[later])
     layers = values.shape[1] - 1
     for (earlier, depth), others in copies.items():
         extent = f"up to layer {depth - 1} of {layers}" if depth <= layers else "in all layers"
-        warn(
-            f"steps {earlier} and {', '.join(map(str, others))} have the same hidden states {extent}: so far they "
-            "carry the same weights, a fault of what was published; believe one of them at most"
-        )
+        names = ", ".join(map(str, others))
+        warn(f"steps {earlier} and {names} have the same hidden states {extent}: so far their weights are the same")
 
 
 def resample(last_tokens: list[int], seed: int) -> np.ndarray:
@@ -884,14 +816,15 @@ def resample(last_tokens: list[int], seed: int) -> np.ndarray:
     return counts[:, clusters]
 
 
-def interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % percentile interval (Efron 1979, doi:10.1214/aos/1176344552) of values that start with the estimate.
+def interval(values: np.ndarray) -> np.ndarray:
+    """The estimate, which values start with, and the 95 % percentile interval of its resamples, the rest of them.
 
-    Infinite values stand for later than all others; a bound among them is NaN.
+    Returns float64 (3, ...): estimate, low, high (Efron 1979, doi:10.1214/aos/1176344552). Infinite values stand for
+    later than all others; a bound among them is NaN.
     """
     with np.errstate(invalid="ignore"):
-        low, high = np.percentile(values[1:], (2.5, 97.5), axis=0)
-    return np.where(np.isfinite(low), low, np.nan), np.where(np.isfinite(high), high, np.nan)
+        bounds = np.percentile(values[1:], (2.5, 97.5), axis=0)
+    return np.stack([values[0], *np.where(np.isfinite(bounds), bounds, np.nan)])
 
 
 def half_way_steps(centred: np.ndarray, steps: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -913,12 +846,10 @@ def half_way_steps(centred: np.ndarray, steps: list[int]) -> tuple[np.ndarray, n
     return np.where(upwards.any(1), half_way, np.inf), index
 
 
-def tabulate(
-    contributions: dict[str, np.ndarray], number: int, curve: Curve, steps: list[int]
-) -> dict[str, np.ndarray]:
-    """All that is found of a curve: the columns of convergence.csv, float64 (steps, layers + 1) each; and the half-way
-    step, its interval and the index of the checkpoint before it, (layers + 1,) each, and with all resamples,
-    half_ways, float64 (1 + resamples, layers + 1).
+def tabulate(contributions: dict[str, np.ndarray], number: int, curve: Curve, steps: list[int]) -> None:
+    """Fills a curve's table: the columns of convergence.csv, float64 (steps, layers + 1) each, similarity and centred
+    with their intervals, (3, steps, layers + 1); the half-way step with its interval, (3, layers + 1), and with all
+    resamples, half_ways, (1 + resamples, layers + 1); and the index of the checkpoint before it, (layers + 1,).
 
     contributions: OF_TEXTS, (steps, layers + 1, texts), and OF_CURVES, (steps, layers + 1, curves).
     """
@@ -927,20 +858,16 @@ def tabulate(
     for name in ("similarity", "covariance", "variance"):
         sums[name] = np.tensordot(weights, contributions[name][..., curve.rows], (1, 2))
     counted = weights.sum(1)[:, None, None]
-    similarity = sums["similarity"] / counted
     variance = np.where(sums["variance"] < 1e-8 * counted, np.nan, sums["variance"])  # of one vector: rounding errors
     centred = sums["covariance"] / np.sqrt(variance * variance[:, -1:])
-    table = {"similarity": similarity[0], "centred": centred[0]}
-    table["similarity_low"], table["similarity_high"] = interval(similarity)
-    table["centred_low"], table["centred_high"] = interval(centred)
+    table = curve.table
+    table["similarity"], table["centred"] = interval(sums["similarity"] / counted), interval(centred)
     table["stability"] = contributions["stability"][..., curve.rows].mean(-1, dtype=np.float64)
     for name in OF_CURVES:
         table[name] = contributions[name][..., number].astype(np.float64)
     if len(steps) > 1:
-        half_ways, index_before = half_way_steps(centred, steps)
-        table |= {"half_ways": half_ways, "half_way": half_ways[0], "index_before": index_before[0]}
-        table["half_way_low"], table["half_way_high"] = interval(half_ways)
-    return table
+        table["half_ways"], index_before = half_way_steps(centred, steps)
+        table["half_way"], table["index_before"] = interval(table["half_ways"]), index_before[0]
 
 
 def find_contrasts(curves: list[Curve]) -> list[Contrast]:
@@ -953,8 +880,7 @@ def find_contrasts(curves: list[Curve]) -> list[Contrast]:
             if longer or words:
                 with np.errstate(invalid="ignore"):
                     ratios = curve.table["half_ways"] / other.table["half_ways"]
-                ratios = np.where(np.isnan(ratios), np.inf, ratios)
-                contrasts.append(Contrast(curve, other, ratios[0], *interval(ratios)))
+                contrasts.append(Contrast(curve, other, interval(np.where(np.isnan(ratios), np.inf, ratios))))
     return contrasts
 
 
@@ -973,25 +899,27 @@ def write_csv(file: Path, header: str, rows: list[list]) -> None:
 
 
 def write_tables(results: Path, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> None:
-    columns = "similarity,similarity_low,similarity_high,unrelated,centred,centred_low,centred_high,cka,stability"
     rows, half_way_rows, contrast_rows, text_rows = [], [], [], []
     for curve in curves:
-        label = [curve.tokens, curve.kind]
-        for index, layer in np.ndindex(curve.table["centred"].shape):
-            values = [curve.table[name][index, layer] for name in columns.split(",")]
-            rows.append([*label, len(curve.texts), steps[index], layer, *values])
+        label, table = [curve.tokens, curve.kind], curve.table
+        for index, layer in np.ndindex(table["cka"].shape):
+            row = [*label, len(curve.texts), steps[index], layer]
+            for name in ("similarity", "unrelated", "centred", "cka", "stability"):  # three columns with an interval
+                row += table[name][..., index, layer].flatten().tolist()
+            rows.append(row)
         for text in curve.texts:
             frequency = "" if math.isnan(text.frequency) else str(text.frequency)
             text_rows.append([*label, text.word, frequency, " ".join(map(str, text.token_ids))])
-        if "half_way" in curve.table:
-            for layer, index in enumerate(curve.table["index_before"]):
-                values = [curve.table[name][layer] for name in ("half_way", "half_way_low", "half_way_high")]
+        if "half_way" in table:
+            for layer, index in enumerate(table["index_before"]):
+                values = table["half_way"][:, layer]
                 bracket = steps[index : index + 2] if np.isfinite(values[0]) else ["", ""]
                 half_way_rows.append([*label, len(curve.texts), layer, *values, *bracket])
-    for curve, other, *ratio in contrasts:
-        for layer, values in enumerate(zip(*ratio, strict=True)):
+    for curve, other, ratio in contrasts:
+        for layer, values in enumerate(ratio.T):
             contrast_rows.append([curve.tokens, curve.kind, f"{other.tokens} {other.kind}", layer, *values])
-    write_csv(results / "convergence.csv", f"tokens,kind,words,step,layer,{columns}", rows)
+    header = "tokens,kind,words,step,layer,similarity,similarity_low,similarity_high,unrelated"
+    write_csv(results / "convergence.csv", f"{header},centred,centred_low,centred_high,cka,stability", rows)
     header = "tokens,kind,words,layer,half_way_step,low,high,step_before,step_after"
     write_csv(results / "half_way.csv", header, half_way_rows)
     write_csv(results / "contrasts.csv", "tokens,kind,against,layer,ratio,low,high", contrast_rows)
@@ -1028,13 +956,20 @@ def scale_steps(axes: Axes, direction: str, steps: list[int]) -> None:
 
 
 def group_styles(curves: list[Curve]) -> dict[int, dict]:
-    """Colour and marker of each group, by its number of tokens."""
+    """Colour, marker and label of each group, by its number of tokens."""
     groups = sorted({curve.tokens for curve in curves})
     colours = colormaps["viridis"](np.linspace(0, 0.85, len(groups)))
     styles = {}
     for tokens, colour, marker in zip(groups, colours, cycle("osD^vP*X"), strict=False):
-        styles[tokens] = {"color": colour, "marker": marker, "markersize": 4}
+        styles[tokens] = {"color": colour, "marker": marker, "markersize": 4, "label": name_tokens(tokens)}
     return styles
+
+
+def draw_line(axes: Axes, positions: list[int] | range, values: np.ndarray, style: dict) -> None:
+    """Draws an estimate and its interval: float64 (3, positions)."""
+    estimate, low, high = values
+    axes.plot(positions, estimate, **style)
+    axes.fill_between(positions, low, high, color=style["color"], alpha=0.25, linewidth=0)
 
 
 def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> Figure:
@@ -1045,24 +980,19 @@ def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts:
         "word": "Is it because they are words?\nWords against recombined strings",
     }
     asked = [kind for kind in questions if any(contrast.curve.kind == kind for contrast in contrasts)]
-    layers = curves[0].table["centred"].shape[1] - 1
+    layers = curves[0].table["centred"].shape[-1] - 1
     figure = Figure(figsize=(1.5 + 3.8 * max(len(kinds), 2), 8.5 if asked else 5.5), dpi=150, layout="constrained")
     rows = figure.subfigures(2 if asked else 1, 1, squeeze=False, height_ratios=(3, 2) if asked else None)[:, 0]
     panels = rows[0].subplots(1, len(kinds), squeeze=False, sharex=True, sharey=True)[0]
     styles = group_styles(curves)
-
-    def draw(axes: Axes, curve: Curve, values: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
-        axes.plot(values, label=name_tokens(curve.tokens), **styles[curve.tokens])
-        axes.fill_between(range(layers + 1), low, high, color=styles[curve.tokens]["color"], alpha=0.2, linewidth=0)
-
-    bounds = []
     for curve in curves:
-        values = [curve.table[name] for name in ("half_way", "half_way_low", "half_way_high")]
-        draw(panels[kinds.index(curve.kind)], curve, *values)
-        bounds += [bound for bound in np.ravel(values) if np.isfinite(bound)]
+        axes = panels[kinds.index(curve.kind)]
+        draw_line(axes, range(layers + 1), curve.table["half_way"], styles[curve.tokens])
     for axes, kind in zip(panels, kinds, strict=True):
         axes.hlines(steps, 0, layers, color="grey", linewidth=0.5, alpha=0.6, zorder=0)
         axes.set_title(f"kind: {kind}")
+    bounds = np.stack([curve.table["half_way"] for curve in curves])
+    bounds = bounds[np.isfinite(bounds)].tolist()
     first = max((step for step in steps if step <= min(bounds, default=0)), default=steps[0])
     last = min((step for step in steps if step >= max(bounds, default=steps[-1])), default=steps[-1])
     scale_steps(panels[0], "y", [step for step in steps if first <= step <= last])
@@ -1071,8 +1001,8 @@ def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts:
     panels[0].set_xticks(range(0, layers + 1, layers // 8 + 1))
     if asked:
         answers = rows[1].subplots(1, len(asked), squeeze=False, sharex=True, sharey=True)[0]
-        for curve, _, *ratio in contrasts:
-            draw(answers[asked.index(curve.kind)], curve, *ratio)
+        for curve, _, ratio in contrasts:
+            draw_line(answers[asked.index(curve.kind)], range(layers + 1), ratio, styles[curve.tokens])
         for axes, kind in zip(answers, asked, strict=True):
             axes.axhline(1, color="black", linewidth=0.8)
             axes.set_title(questions[kind], fontsize="medium")
@@ -1086,7 +1016,7 @@ def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts:
     rows[-1].supxlabel(name_layer(layers), fontsize="medium")
     title = f"{family}\nthe training step at which words have come half the way to their final representation"
     figure.suptitle(title, parse_math=False)
-    handles, _ = panels[0].get_legend_handles_labels()
+    handles = [Line2D([], [], **style) for style in styles.values()]
     handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
@@ -1095,37 +1025,30 @@ def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts:
 def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -> Figure:
     """One layer, every group: centred, similarity with its floor, and stability against step; a column a kind."""
     kinds = [kind for kind in KINDS if any(curve.kind == kind for curve in curves)]
-    labels = {
-        "centred": "centred: correlation\nwith the final checkpoint",
-        "similarity": "similarity: cosine\nto the final checkpoint",
-        "stability": "stability: cosine\nto the checkpoint before",
-    }
-    layers = curves[0].table["centred"].shape[1] - 1
+    layers = curves[0].table["centred"].shape[-1] - 1
     width = 2 + 4.2 * len(kinds)
     figure = Figure(figsize=(width, 8.5), dpi=100)
-    margins = {"left": 1 / width, "right": 1 - 0.2 / width, "bottom": 0.12, "top": 0.91, "hspace": 0.1, "wspace": 0.06}
-    panels = figure.subplots(
-        3, len(kinds), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 3, 2), gridspec_kw=margins
-    )
+    grid = {"left": 1 / width, "right": 1 - 0.2 / width, "bottom": 0.12, "top": 0.91}
+    grid |= {"hspace": 0.1, "wspace": 0.06, "height_ratios": (3, 3, 2)}
+    panels = figure.subplots(3, len(kinds), squeeze=False, sharex=True, sharey="row", gridspec_kw=grid)
     styles = group_styles(curves)
     for curve in curves:
         style, column = styles[curve.tokens], panels[:, kinds.index(curve.kind)]
-        for axes, name in zip(column, labels, strict=True):
-            axes.plot(steps, curve.table[name][:, layer], label=name_tokens(curve.tokens), **style)
-            if name != "stability":
-                low, high = curve.table[f"{name}_low"][:, layer], curve.table[f"{name}_high"][:, layer]
-                axes.fill_between(steps, low, high, color=style["color"], alpha=0.25, linewidth=0)
+        draw_line(column[0], steps, curve.table["centred"][..., layer], style)
+        draw_line(column[1], steps, curve.table["similarity"][..., layer], style)
         column[1].plot(steps, curve.table["unrelated"][:, layer], color=style["color"], linestyle="--", linewidth=1)
+        column[2].plot(steps, curve.table["stability"][:, layer], **style)
         column[0].set_title(f"kind: {curve.kind}")
         column[2].set_xlabel("training step")
-    for axes, label in zip(panels[:, 0], labels.values(), strict=True):
-        axes.set_ylabel(label)
+    panels[0, 0].set_ylabel("centred: correlation\nwith the final checkpoint")
+    panels[1, 0].set_ylabel("similarity: cosine\nto the final checkpoint")
+    panels[2, 0].set_ylabel("stability: cosine\nto the checkpoint before")
     for axes in panels.flat:
         axes.grid(alpha=0.3)
     scale_steps(panels[2, 0], "x", steps)
     place = {0: " (token embedding)", layers: " (after the final LayerNorm)"}.get(layer, "")
     figure.suptitle(f"{family}: layer {layer} of {layers}{place}, towards step {steps[-1]}", parse_math=False)
-    handles, _ = panels[0, 0].get_legend_handles_labels()
+    handles = [Line2D([], [], **style) for style in styles.values()]
     handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="unrelated texts (floor)"))
     handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 3 * len(kinds)))
@@ -1134,14 +1057,14 @@ def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -
 
 def draw_group(family: str, steps: list[int], curve: Curve) -> Figure:
     """One group: centred and similarity against step, a line a layer."""
-    layers = curve.table["centred"].shape[1] - 1
+    layers = curve.table["centred"].shape[-1] - 1
     colours = colormaps["viridis"].resampled(layers + 1)
     labels = {"centred": "correlation with the final checkpoint", "similarity": "cosine to the final checkpoint"}
     figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
     panels = figure.subplots(1, 2, sharex=True)
     for axes, (name, label) in zip(panels, labels.items(), strict=True):
         for layer in range(layers + 1):
-            axes.plot(steps, curve.table[name][:, layer], marker=".", color=colours(layer))
+            axes.plot(steps, curve.table[name][0, :, layer], marker=".", color=colours(layer))
         axes.grid(alpha=0.3)
         axes.set_xlabel("training step")
         axes.set_ylabel(f"{name}: {label}")
@@ -1155,22 +1078,16 @@ def draw_group(family: str, steps: list[int], curve: Curve) -> Figure:
 
 def draw_overview(family: str, steps: list[int], curves: list[Curve]) -> Figure:
     """Centred of each group as a heat map of layers by steps."""
-    layers = curves[0].table["centred"].shape[1] - 1
-    rows, columns = (len(curves) + 1) // 2, min(len(curves), 2)
-    figure = Figure(figsize=(1 + 5 * columns, 1 + 3.5 * rows), dpi=130, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    lowest = min(0, *(np.nanmin(curve.table["centred"]) for curve in curves))
-    for axes, curve in zip(panels.flat, curves, strict=False):
-        heat = curve.table["centred"].T
-        image = axes.imshow(heat, vmin=lowest, vmax=1, cmap="viridis", origin="lower", aspect="auto")
+    layers = curves[0].table["centred"].shape[-1] - 1
+    figure = Figure(figsize=(2 + 3.5 * len(curves), 5), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False, sharex=True, sharey=True)[0]
+    lowest = min(0, *(np.nanmin(curve.table["centred"][0]) for curve in curves))
+    for axes, curve in zip(panels, curves, strict=True):
+        image = axes.imshow(curve.table["centred"][0].T, vmin=lowest, vmax=1, origin="lower", aspect="auto")
         axes.set_title(f"{name_tokens(curve.tokens)} ({len(curve.texts)} words)")
-    for axes in panels.flat[len(curves) :]:
-        axes.set_axis_off()
-    for axes in panels.flat[len(curves) - columns : len(curves)]:  # the lowest of each column
-        axes.tick_params(labelbottom=True)
-    labelled = range(len(steps) - 1, -1, -(len(steps) // 13 + 1))
-    panels[0, 0].set_xticks(labelled, [name_step(steps[index]) for index in labelled], fontsize="small")
-    panels[0, 0].set_yticks(range(0, layers + 1, layers // 10 + 1))
+    labelled = range(len(steps) - 1, -1, -(len(steps) // 9 + 1))
+    panels[0].set_xticks(labelled, [name_step(steps[index]) for index in labelled], fontsize="small")
+    panels[0].set_yticks(range(0, layers + 1, layers // 10 + 1))
     figure.supxlabel("training step", fontsize="medium")
     figure.supylabel(name_layer(layers), fontsize="medium")
     figure.colorbar(image, ax=panels, label="centred: correlation with the final checkpoint")
@@ -1186,7 +1103,7 @@ def draw_figures(results: Path, steps: list[int], curves: list[Curve], contrasts
     figures = {"overview.png": partial(draw_overview, family, steps, shown)}
     if len(steps) > 1:
         figures["half_way.png"] = partial(draw_half_way, family, steps, curves, contrasts)
-    for layer in range(curves[0].table["centred"].shape[1]):
+    for layer in range(curves[0].table["centred"].shape[-1]):
         figures[f"layer_{layer:02d}.png"] = partial(draw_layer, family, steps, curves, layer)
     for curve in shown:
         figures[f"group_{curve.tokens}_tokens.png"] = partial(draw_group, family, steps, curve)
@@ -1198,48 +1115,51 @@ def draw_figures(results: Path, steps: list[int], curves: list[Curve], contrasts
 
 def say_answer(curves: list[Curve], contrasts: list[Contrast]) -> None:
     """Says the half-way steps in the first, the middle and the last layer, and the contrasts in the middle."""
-    layers = curves[0].table["centred"].shape[1] - 1
+    layers = curves[0].table["centred"].shape[-1] - 1
     middle = (layers + 1) // 2
     shown = sorted({0, middle, layers})
     say("half-way step [95 % interval]" + "".join(f"{f'layer {layer}':>24}" for layer in shown))
     for curve in curves:
         line = f"  {name_tokens(curve.tokens):9} {curve.kind:17}"
         for layer in shown:
-            half_way, low, high = (curve.table[name][layer] for name in ("half_way", "half_way_low", "half_way_high"))
+            half_way, low, high = curve.table["half_way"][:, layer]
             cell = f"{half_way:.0f} [{low:.0f}, {high:.0f}]" if np.isfinite(half_way) else "none"
             line += f"{cell:>24}"
         say(line)
     if contrasts:
         say(f"ratio of half-way steps [95 % interval] in layer {middle}")
-    for curve, other, *ratio in contrasts:
-        estimate, low, high = (values[middle] for values in ratio)
+    for curve, other, ratio in contrasts:
+        estimate, low, high = ratio[:, middle]
         verdict = "no difference shown"
         if low > 1:
             verdict = "later"
         elif high < 1:
             verdict = "earlier"
         elif np.isnan([low, high]).any():
-            verdict = "no interval, too few last tokens"
+            verdict = "no interval"
         names = f"{name_tokens(curve.tokens)} {curve.kind} over {name_tokens(other.tokens)} {other.kind}"
         say(f"  {names:40} {estimate:.2f} [{low:.2f}, {high:.2f}]: {verdict}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("family", nargs="?", help="folder of checkpoints [CHECKPOINTS_DIR, beside this script]")
-    parser.error = stop
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        raise Problem(f"unrecognized arguments: {' '.join(unknown)}")
     check_settings()
     device = choose_device()
     family = find_family(arguments.family or str(HERE / CHECKPOINTS_DIR))
     checkpoints = find_checkpoints(family)
     config, tokenizer, fingerprints = read_family(checkpoints)
-    curves = choose_curves(read_words(), tokenizer, config)
+    curves = choose_curves(read_words(), tokenizer)
     texts = [text for curve in curves for text in curve.texts]
     start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
     sequences = [start + text.token_ids for text in texts]
+    longest, positions = max(sequences, key=len), config.max_position_embeddings
+    if len(longest) > positions:
+        fault = f"{tokenizer.decode(longest)!r:.60} has {len(longest)} tokens, the model {positions} positions"
+        raise Problem(f"{fault}: change GROUPS or CARRIER")
     results, earlier_figures = open_results(family)
 
     steps = list(checkpoints)
@@ -1254,7 +1174,12 @@ def main() -> None:
         if RANK == 0 and re.fullmatch(r"step\d+-[0-9a-f]{16}\.npz", file.name) and file not in files.values():
             file.unlink(missing_ok=True)
     if RANKS > 1:
-        missing = agree_between_ranks(missing, keys)
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
+        seen = [None] * RANKS
+        torch.distributed.all_gather_object(seen, (missing, keys))
+        if any(other_keys != keys for _, other_keys in seen):
+            raise Problem("the ranks differ in script, inputs, checkpoints or libraries: make them the same")
+        missing, _ = seen[0]  # what the first of them misses
     say(f"family   {family}")
     say(f"steps    {', '.join(map(name_step, steps))} ({len(missing)} of {len(steps)} to measure)")
     groups = {curve.tokens: len(curve.texts) for curve in curves}
@@ -1263,7 +1188,7 @@ def main() -> None:
     say(f"texts    {len(texts)}, kinds {', '.join(KINDS)}, frequencies {min(frequencies):g} to {max(frequencies):g}")
     say(f"device   {device}, {DTYPE}" + (f", {RANKS} ranks" if RANKS > 1 else ""))
     # neighbours to a rank, since stability needs the checkpoint before
-    share = dict(list(missing.items())[RANK * len(missing) // RANKS : (RANK + 1) * len(missing) // RANKS])
+    share = dict(np.array_split(list(missing.items()), RANKS)[RANK])
     if share:
         measure(checkpoints, share, sequences, curves, config, device)
     if RANKS > 1:
@@ -1278,17 +1203,13 @@ def main() -> None:
     contributions = {name: np.stack([contribution[name] for contribution in kept]) for name in shapes}
     warn_of_copies(steps, contributions["similarity"])
     for number, curve in enumerate(curves):
-        curve.table.update(tabulate(contributions, number, curve, steps))
+        tabulate(contributions, number, curve, steps)
     contrasts = find_contrasts(curves) if len(steps) > 1 else []
     write_tables(results, steps, curves, contrasts)
-    arrays = {
-        "words": [text.word for text in texts],
-        "tokens": [curve.tokens for curve in curves for _ in curve.texts],
-        "kind": [curve.kind for curve in curves for _ in curve.texts],
-        "frequency": [float(text.frequency) for text in texts],
-        "steps": steps,
-        "similarity": contributions["similarity"],
-    }
+    tokens, kinds, counts = zip(*labels, strict=True)
+    arrays = {"words": [text.word for text in texts], "tokens": np.repeat(tokens, counts)}
+    arrays |= {"kind": np.repeat(kinds, counts), "frequency": [float(text.frequency) for text in texts]}
+    arrays |= {"steps": steps, "similarity": contributions["similarity"]}
     write_arrays(results / "similarities.npz", arrays)
     figures = draw_figures(results, steps, curves, contrasts)
     for name in set(earlier_figures) - set(figures):
@@ -1306,24 +1227,19 @@ if __name__ == "__main__":
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets an escape
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    problem = None
     try:
         with torch.inference_mode():
             main()
-    except Problem as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error}; make room, or set another RESULTS_DIR, and run again: what was measured is kept"
-    except (MemoryError, RuntimeError) as error:  # torch's errors of memory are RuntimeErrors
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        problem = (
-            f"{reason(error)}: lower BATCH_TOKENS, WORDS_PER_GROUP or BOOTSTRAP_RESAMPLES; what was measured is kept"
-        )
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept, and the next run continues from there", file=sys.stderr)
         sys.exit(130)
-    if problem:
+    except (Problem, OSError, MemoryError, RuntimeError) as error:
+        problem = reason(error)
+        if isinstance(error, RuntimeError) and "memory" not in problem:  # torch's errors of memory are RuntimeErrors
+            raise
+        if isinstance(error, OSError):
+            problem += "; make room, or set another RESULTS_DIR; what was measured is kept"
+        elif not isinstance(error, Problem):
+            problem += "; lower BATCH_TOKENS or BOOTSTRAP_RESAMPLES, or read less; what was measured is kept"
         print(f"error: {plain(problem)}", file=sys.stderr)
         sys.exit(2)

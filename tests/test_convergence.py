@@ -1127,7 +1127,7 @@ def test_hidden_states_that_are_not_finite(miniature: Path, tmp_path: Path) -> N
     ("words", "settings", "parts"),
     [
         (EASY, {"KINDS": ("word", "spoken")}, ["KINDS = ('word', 'spoken')", '"recombined"', '"carried"']),
-        (None, {"CARRIER": "So it is"}, ["CARRIER", "3 tokens", "words of 4 tokens"]),
+        (None, {"CARRIER": "So it is"}, ["CARRIER", "3 tokens", "words 4"]),
         ("closed", {"GROUPS": (2,), "MIN_GROUP_SIZE": 4}, ["recombine", "2 tokens", "KINDS"]),
     ],
     ids=["unknown_kind", "short_carrier", "no_recombination"],

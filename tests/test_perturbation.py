@@ -1089,7 +1089,7 @@ ERRORS = {  # name: (contexts, what the line says)
     ),
     "too long a sentence": (
         {"ledge": {"sentences": [*TWO, LONGEST, "a " + LONGEST]}},
-        [CONTEXTS_FILE.name, "'a a a a", "longer than the model's 256 positions"],
+        [CONTEXTS_FILE.name, "'a a a a", "257 tokens, the model 256 positions"],
     ),
     "no word is left": (
         {"spade": {"sentences": ["it was a spade.", "a spade"]}, "ledge": {"sentences": [TWO[0], "two ledges"]}},
