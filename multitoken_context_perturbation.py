@@ -864,7 +864,7 @@ def make_panels(title: str, label: str, steps: list[int], layers: int) -> tuple[
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=margins)
     panels = list(grid.flat[: len(steps)])
     for axes, step in zip(panels, steps, strict=True):
-        axes.set_title(f"step {step}", fontsize="medium", pad=3)
+        axes.set_title(f"step {step}", fontsize="medium", pad=3, y=1)  # to look for a free y takes time
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(steps) :]:
         axes.set_axis_off()

@@ -1038,7 +1038,7 @@ def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -
         draw_line(column[1], steps, curve.table["similarity"][..., layer], style)
         column[1].plot(steps, curve.table["unrelated"][:, layer], color=style["color"], linestyle="--", linewidth=1)
         column[2].plot(steps, curve.table["stability"][:, layer], **style)
-        column[0].set_title(f"kind: {curve.kind}")
+        column[0].set_title(f"kind: {curve.kind}", y=1)  # to look for a free y takes time
         column[2].set_xlabel("training step")
     panels[0, 0].set_ylabel("centred: correlation\nwith the final checkpoint")
     panels[1, 0].set_ylabel("similarity: cosine\nto the final checkpoint")
@@ -1086,7 +1086,7 @@ def draw_overview(family: str, steps: list[int], curves: list[Curve]) -> Figure:
         image = axes.imshow(curve.table["centred"][0].T, vmin=lowest, vmax=1, origin="lower", aspect="auto")
         axes.set_title(f"{name_tokens(curve.tokens)} ({len(curve.texts)} words)")
     labelled = range(len(steps) - 1, -1, -(len(steps) // 9 + 1))
-    panels[0].set_xticks(labelled, [name_step(steps[index]) for index in labelled], fontsize="small")
+    panels[0].set_xticks(labelled, [name_step(steps[index]) for index in labelled])
     panels[0].set_yticks(range(0, layers + 1, layers // 10 + 1))
     figure.supxlabel("training step", fontsize="medium")
     figure.supylabel(name_layer(layers), fontsize="medium")
