@@ -171,7 +171,7 @@ def weight_files(names: Collection[str]) -> list[str]:
         shards = sorted(filter(numbered.fullmatch, names))
         totals = [int(numbered.fullmatch(shard)[1]) for shard in shards]
         if index in names and any(totals.count(total) == total for total in totals):
-            return [index, *shards]  # of two sets both: the index says which it means
+            return [index, *shards]  # of two sets, both: the index says which counts
     return []
 
 
@@ -219,7 +219,7 @@ def report_shared(published: dict[str, dict[str, list]]) -> None:
             names_in.setdefault(tuple(revisions), []).append(name)
     for revisions, names in names_in.items():
         shared = f"{listed(revisions)} share {listed(names)}, byte for byte"
-        warn(f"{shared}: one checkpoint's weights under {len(revisions)} names; believe at most one")
+        warn(f"{shared}: one checkpoint's weights under {len(revisions)} names; trust at most one")
 
 
 def hash_of(path: Path, digits: int) -> str:
@@ -276,10 +276,10 @@ def remove_fragments(folder: Path) -> None:
 
 
 class Bar(tqdm):
-    """The library's progress bar, named, as several downloads run at once; ends too long a body."""
+    """The library's progress bar, named, as several downloads run at once; ends a body that is too long."""
 
     def __init__(self, revision: str, name: str, size: int, **settings: Any) -> None:
-        task = settings["desc"].partition(": ")[2]  # of Xet's two bars; before it can be the end of a signed link
+        task = settings["desc"].partition(": ")[2]  # names Xet's two bars; before it can be a signed link's end
         self.name = name
         self.left = float("inf") if task else size  # Xet checks by itself and counts otherwise
         desc = f"{revision} {name} {task}".strip()
@@ -319,7 +319,7 @@ def fetch(revision: str, commit: str, files: dict[str, list], folder: Path) -> s
                 warn(f"{revision}: {name} does not match the published checksum and is fetched again")
             bar = partial(Bar, revision, name, files[name][0])
             hf_hub_download(MODEL_ID, name, revision=commit, local_dir=unfinished, tqdm_class=bar, force_download=again)
-    # Not by the library's verify_repo_checksums, which asks the hub once more and waits without end.
+    # Not by the library's verify_repo_checksums, which asks the hub once more and waits forever.
     wrong = differences(files, unfinished, hashes=True)
     if wrong:
         return f"not whole: checksum wrong twice, suspect the mirror, the proxy or the disk: {listed(list(wrong))}"
@@ -337,7 +337,7 @@ def fetch_all(commits: dict[str, str], published: dict[str, dict[str, list]], fo
             unfinished.mkdir(parents=True, exist_ok=True)
             held.enter_context(WeakFileLock(unfinished / "lock", timeout=0.5))
         except TimeoutError:
-            print(f"another run fetches into {folder}: waiting for its end", flush=True)
+            print(f"another run is fetching into {folder}: waiting for it to end", flush=True)
             held.enter_context(WeakFileLock(unfinished / "lock"))
         except OSError as error:
             raise Problem(f"cannot write into {folder} ({error.strerror}): set another CHECKPOINTS_DIR") from error

@@ -5,9 +5,9 @@ Run as `python multitoken_context_perturbation.py [FAMILY]`. FAMILY is a folder 
 GPUs, `torchrun --nproc-per-node=4 multitoken_context_perturbation.py [FAMILY]` shares the checkpoints out; on a CPU set
 OMP_NUM_THREADS, which torchrun otherwise sets to 1 for each process.
 
-Each word has a base sentence that ends in it, other sentences that end in it, its contexts, and perturbed versions of
-the base, whose last word is another word with the same last token. A sentence is read after one <|endoftext|>, and its
-hidden state, scaled to length 1, is taken at its last token. For each checkpoint, layer and word:
+Each word has a base sentence that ends in it, contexts, which are other sentences that end in it, and perturbed
+versions of the base, whose last word is another word with the same last token. A sentence is read after one
+<|endoftext|>, and its hidden state, scaled to length 1, is taken at its last token. For each checkpoint, layer, word:
     P1         the mean cosine between the base and the contexts: the context changes;
     P2         the mean cosine between the base and the perturbed versions: the word changes;
     P12        the mean cosine between contexts and perturbed versions, all pairs: both change, and what the shared last
@@ -139,7 +139,7 @@ def say(message: str) -> None:
     if RANK == 0:
         try:
             print(plain(message), flush=True)
-        except BrokenPipeError:  # who read the output has gone: the results are what counts
+        except BrokenPipeError:  # the reader of the output has gone: the results are what count
             sys.stdout = None
 
 
@@ -149,7 +149,7 @@ def warn(message: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """What an error says: of a library's its name and, in one line, its first 500 characters."""
+    """What an error says: for a library's, its name and first 500 characters, in one line."""
     if isinstance(error, Problem):
         return str(error)
     text = " ".join(str(error).split())[:500]
@@ -201,7 +201,7 @@ def choose_device() -> torch.device:
 
 
 def find_family(name: str) -> Path:
-    """The folder of a family, named from where the script was started or from beside it."""
+    """The folder of a family, looked for where the script was started, then beside it."""
     for folder in (Path(name), HERE / name):
         if folder.is_dir():
             return folder.resolve()
@@ -218,7 +218,7 @@ def find_checkpoints(family: Path) -> dict[int, Path]:
         if match := re.fullmatch("step(0|[1-9][0-9]{0,11})", folder.name):
             folders[int(match[1])] = folder
             if not folder.is_dir():  # a link that leads nowhere, say: without it another step would be the final one
-                raise Problem(f"{folder} is no folder: fetch that checkpoint again, or remove the entry")
+                raise Problem(f"{folder} is not a folder: fetch that checkpoint again, or remove the entry")
     if not folders:
         raise Problem(f"{family} holds no checkpoint: expected a folder for each training step, such as step0")
     return dict(sorted(folders.items()))
@@ -227,15 +227,15 @@ def find_checkpoints(family: Path) -> dict[int, Path]:
 def without_repeats(pairs: list[tuple[str, object]]) -> dict:
     for key, count in Counter(key for key, _ in pairs).items():
         if count > 1:
-            raise ValueError(f"{key!r} stands there {count} times")
+            raise ValueError(f"{key!r} occurs {count} times")
     return dict(pairs)
 
 
 def read_json(file: Path, expected: str) -> dict:
     """The object that a JSON file holds. An empty one, and a key that stands in it twice, are errors too."""
     try:
-        if not file.is_file():  # a named pipe, say, which would be waited for without end
-            raise Problem("it is not there, or no file")
+        if not file.is_file():  # a named pipe, say, which would be waited for forever
+            raise Problem("it is missing, or not a file")
         content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
         if not isinstance(content, dict) or not content:
             raise Problem(f"it holds {content!r:.40}")
@@ -245,13 +245,13 @@ def read_json(file: Path, expected: str) -> dict:
 
 
 def read_contexts() -> dict[str, dict[str, list[str]]]:
-    """The entries of CONTEXTS_FILE by word; all that is wrong with them is said at once."""
+    """The entries of CONTEXTS_FILE by word; everything wrong with them is reported at once."""
     file = HERE / CONTEXTS_FILE
     contexts = read_json(file, 'an object {"word": {"sentences": [...], "replaced_sentences": [...]}, ...}')
     wrong = []
     for word, entry in contexts.items():
         if not is_text(word) or not isinstance(entry, dict):
-            wrong.append(f"{word!r:.60} is no word with an object of sentences")
+            wrong.append(f"{word!r:.60} is not a word with an object of sentences")
             continue
         for name, least in (("sentences", 2), ("replaced_sentences", 0)):
             texts = entry.setdefault(name, [])
@@ -514,7 +514,7 @@ def build_model(config: GPTNeoXConfig, device: torch.device) -> GPTNeoXModel:
 
 def read_ahead(folder: Path) -> None:
     """Reads the weights of a checkpoint once, so that the operating system has them in memory when they are loaded."""
-    with suppress(OSError, Problem):  # what is wrong with a file is said when it is loaded
+    with suppress(Exception):  # what is wrong with a file is said when it is loaded
         for file in weight_files(folder):
             with file.open("rb") as stream:
                 while stream.read(2**24):
@@ -543,7 +543,7 @@ def read_unit_states(
     progress.set_description(folder.name)
     try:
         load_weights(model, read_weights(folder))
-    except (Problem, RuntimeError, OSError) as error:  # it was whole at the start
+    except Exception as error:  # it was whole at the start
         raise Problem(f"{folder} changed during the run ({reason(error)}): fetch it again, and run again") from None
     for following in upcoming[:1]:
         Thread(target=read_ahead, args=[following], daemon=True).start()
@@ -677,7 +677,7 @@ def record_run(results: Path, family: Path, figures: list[str]) -> None:
 def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
     """Warns of checkpoints that agree with an earlier one bit for bit from layer 0 upwards: they share weights.
 
-    values: float32 (steps, layers + 1, texts).
+    values: float32 (steps, layers + 1, numbers).
     """
     bits = values.view(np.int32)
     copies = defaultdict(list)  # (an earlier step, how many layers agree with it): the later steps
@@ -694,7 +694,7 @@ def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
 
 
 def resample(last_tokens: list[int], seed: int) -> np.ndarray:
-    """How often each text counts, float64 (1 + BOOTSTRAP_RESAMPLES, texts).
+    """How often each text or word counts, float64 (1 + BOOTSTRAP_RESAMPLES, as many).
 
     Once each in row 0, which gives the estimate. In the others as often as its last token was drawn, from all last
     tokens with replacement: words that end in the same token are not independent. From one last token alone nothing can
@@ -715,7 +715,7 @@ def interval(values: np.ndarray) -> np.ndarray:
     """The estimate, which values start with, and the 95 % percentile interval of its resamples, the rest of them.
 
     Returns float64 (3, ...): estimate, low, high (Efron 1979, doi:10.1214/aos/1176344552). Infinite values stand for
-    later than all others; a bound among them is NaN.
+    none, such as no crossing; a bound among them is NaN.
     """
     with np.errstate(invalid="ignore"):
         bounds = np.percentile(values[1:], (2.5, 97.5), axis=0)
@@ -864,7 +864,7 @@ def make_panels(title: str, label: str, steps: list[int], layers: int) -> tuple[
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=margins)
     panels = list(grid.flat[: len(steps)])
     for axes, step in zip(panels, steps, strict=True):
-        axes.set_title(f"step {step}", fontsize="medium", pad=3, y=1)  # to look for a free y takes time
+        axes.set_title(f"step {step}", fontsize="medium", pad=3, y=1)  # looking for a free y takes time
         axes.grid(alpha=0.3)
     for axes in grid.flat[len(steps) :]:
         axes.set_axis_off()
@@ -1096,7 +1096,7 @@ if __name__ == "__main__":
         if isinstance(error, RuntimeError) and "memory" not in problem:  # torch's errors of memory are RuntimeErrors
             raise
         if isinstance(error, OSError):
-            problem += "; make room, or set another RESULTS_DIR; what was measured is kept"
+            problem += "; make room, check permissions, or set another RESULTS_DIR; what was measured is kept"
         elif not isinstance(error, Problem):
             problem += "; lower BATCH_TOKENS or BOOTSTRAP_RESAMPLES, or read less; what was measured is kept"
         print(f"error: {plain(problem)}", file=sys.stderr)

@@ -18,7 +18,7 @@ For each group, kind, checkpoint and layer, u being the states at that step and 
     cka         linear CKA of u and f: whether the geometry among the texts has settled (Kornblith et al. 2019,
                 arXiv:1905.00414);
     stability   the mean cosine of u with the state at the checkpoint before.
-The answer is the half-way step: where `centred` has come half the way from its first value to 1.
+The answer is the half-way step: where `centred` has come halfway from its first value to 1.
 Layer 0 is the token embedding; the last layer is taken after the final LayerNorm, as transformers returns it.
 
 RESULTS_DIR/<name of FAMILY>/ then holds half_way.png and half_way.csv (the answer), contrasts.csv, convergence.csv,
@@ -77,7 +77,7 @@ CHECKPOINTS_DIR = "pythia_1b_checkpoints"  # the family that is analysed if none
 RESULTS_DIR = "convergance_plots"  # gets a folder for each family
 WORDS_FILE = "words_list.json"  # {word: frequency}
 # words
-GROUPS = (1, 2, 3, 4)  # numbers of tokens; a group is the words with one of them
+GROUPS = (1, 2, 3, 4)  # numbers of tokens; the words with that many form a group
 KINDS = ("word", "recombined", "carried")  # how a group is read: any of these three
 CARRIER = "The next word that you will find on this page of the list is"  # what stands before a carried word
 MATCH_FREQUENCY = True  # draw words so that all groups have the same frequencies; False: draw from each at random
@@ -149,7 +149,7 @@ def say(message: str) -> None:
     if RANK == 0:
         try:
             print(plain(message), flush=True)
-        except BrokenPipeError:  # who read the output has gone: the results are what counts
+        except BrokenPipeError:  # the reader of the output has gone: the results are what count
             sys.stdout = None
 
 
@@ -159,7 +159,7 @@ def warn(message: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """What an error says: of a library's its name and, in one line, its first 500 characters."""
+    """What an error says: for a library's, its name and first 500 characters, in one line."""
     if isinstance(error, Problem):
         return str(error)
     text = " ".join(str(error).split())[:500]
@@ -218,7 +218,7 @@ def choose_device() -> torch.device:
 
 
 def find_family(name: str) -> Path:
-    """The folder of a family, named from where the script was started or from beside it."""
+    """The folder of a family, looked for where the script was started, then beside it."""
     for folder in (Path(name), HERE / name):
         if folder.is_dir():
             return folder.resolve()
@@ -235,7 +235,7 @@ def find_checkpoints(family: Path) -> dict[int, Path]:
         if match := re.fullmatch("step(0|[1-9][0-9]{0,11})", folder.name):
             folders[int(match[1])] = folder
             if not folder.is_dir():  # a link that leads nowhere, say: without it another step would be the final one
-                raise Problem(f"{folder} is no folder: fetch that checkpoint again, or remove the entry")
+                raise Problem(f"{folder} is not a folder: fetch that checkpoint again, or remove the entry")
     if not folders:
         raise Problem(f"{family} holds no checkpoint: expected a folder for each training step, such as step0")
     return dict(sorted(folders.items()))
@@ -244,15 +244,15 @@ def find_checkpoints(family: Path) -> dict[int, Path]:
 def without_repeats(pairs: list[tuple[str, object]]) -> dict:
     for key, count in Counter(key for key, _ in pairs).items():
         if count > 1:
-            raise ValueError(f"{key!r} stands there {count} times")
+            raise ValueError(f"{key!r} occurs {count} times")
     return dict(pairs)
 
 
 def read_json(file: Path, expected: str) -> dict:
     """The object that a JSON file holds. An empty one, and a key that stands in it twice, are errors too."""
     try:
-        if not file.is_file():  # a named pipe, say, which would be waited for without end
-            raise Problem("it is not there, or no file")
+        if not file.is_file():  # a named pipe, say, which would be waited for forever
+            raise Problem("it is missing, or not a file")
         content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
         if not isinstance(content, dict) or not content:
             raise Problem(f"it holds {content!r:.40}")
@@ -272,7 +272,7 @@ def read_words() -> dict[str, float]:
             unusable.append(f"{word!r}: {frequency!r:.40}")
     if unusable:
         some = ", ".join(unusable[:5])
-        raise Problem(f"{file}: remove what is no word, or has no frequency above 0, {len(unusable)} entries: {some}")
+        raise Problem(f"{file}: remove what is not a word or has no frequency above 0, {len(unusable)} entries: {some}")
     return words
 
 
@@ -426,7 +426,7 @@ def match_frequencies(groups: dict[int, list[Text]]) -> dict[int, list[Text]]:
         del counts[worst]
     taken = room()
     if WORDS_PER_GROUP is not None and taken.total() > WORDS_PER_GROUP:
-        ends = np.cumsum([0, *taken.values()]) * WORDS_PER_GROUP // taken.total()  # so rounded, they add up to it
+        ends = np.cumsum([0, *taken.values()]) * WORDS_PER_GROUP // taken.total()  # so that they add up to it
         taken = dict(zip(taken, np.diff(ends), strict=True))
     matched = {}
     for tokens in counts:
@@ -567,7 +567,7 @@ def build_model(config: GPTNeoXConfig, device: torch.device) -> GPTNeoXModel:
 
 def read_ahead(folder: Path) -> None:
     """Reads the weights of a checkpoint once, so that the operating system has them in memory when they are loaded."""
-    with suppress(OSError, Problem):  # what is wrong with a file is said when it is loaded
+    with suppress(Exception):  # what is wrong with a file is said when it is loaded
         for file in weight_files(folder):
             with file.open("rb") as stream:
                 while stream.read(2**24):
@@ -596,7 +596,7 @@ def read_unit_states(
     progress.set_description(folder.name)
     try:
         load_weights(model, read_weights(folder))
-    except (Problem, RuntimeError, OSError) as error:  # it was whole at the start
+    except Exception as error:  # it was whole at the start
         raise Problem(f"{folder} changed during the run ({reason(error)}): fetch it again, and run again") from None
     for following in upcoming[:1]:
         Thread(target=read_ahead, args=[following], daemon=True).start()
@@ -653,7 +653,7 @@ def compare(unit: torch.Tensor, final: torch.Tensor, before: torch.Tensor) -> di
         "covariance": (own * own_final).sum(-1).cpu(),
         "variance": (own * own).sum(-1).cpu(),
         "unrelated": pairs.item() / (len(unit) * (len(unit) - 1)),
-        "cka": linear_cka(own[:1000], own_final[:1000]),  # centred, the same: the estimate ignores common parts
+        "cka": linear_cka(own[:1000], own_final[:1000]),  # centring changes nothing: the estimate ignores common parts
     }
 
 
@@ -782,7 +782,7 @@ def record_run(results: Path, family: Path, figures: list[str]) -> None:
 def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
     """Warns of checkpoints that agree with an earlier one bit for bit from layer 0 upwards: they share weights.
 
-    values: float32 (steps, layers + 1, texts).
+    values: float32 (steps, layers + 1, numbers).
     """
     bits = values.view(np.int32)
     copies = defaultdict(list)  # (an earlier step, how many layers agree with it): the later steps
@@ -799,7 +799,7 @@ def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
 
 
 def resample(last_tokens: list[int], seed: int) -> np.ndarray:
-    """How often each text counts, float64 (1 + BOOTSTRAP_RESAMPLES, texts).
+    """How often each text or word counts, float64 (1 + BOOTSTRAP_RESAMPLES, as many).
 
     Once each in row 0, which gives the estimate. In the others as often as its last token was drawn, from all last
     tokens with replacement: words that end in the same token are not independent. From one last token alone nothing can
@@ -820,7 +820,7 @@ def interval(values: np.ndarray) -> np.ndarray:
     """The estimate, which values start with, and the 95 % percentile interval of its resamples, the rest of them.
 
     Returns float64 (3, ...): estimate, low, high (Efron 1979, doi:10.1214/aos/1176344552). Infinite values stand for
-    later than all others; a bound among them is NaN.
+    none, such as no crossing; a bound among them is NaN.
     """
     with np.errstate(invalid="ignore"):
         bounds = np.percentile(values[1:], (2.5, 97.5), axis=0)
@@ -858,7 +858,7 @@ def tabulate(contributions: dict[str, np.ndarray], number: int, curve: Curve, st
     for name in ("similarity", "covariance", "variance"):
         sums[name] = np.tensordot(weights, contributions[name][..., curve.rows], (1, 2))
     counted = weights.sum(1)[:, None, None]
-    variance = np.where(sums["variance"] < 1e-8 * counted, np.nan, sums["variance"])  # of one vector: rounding errors
+    variance = np.where(sums["variance"] < 1e-8 * counted, np.nan, sums["variance"])  # equal states: rounding errors
     centred = sums["covariance"] / np.sqrt(variance * variance[:, -1:])
     table = curve.table
     table["similarity"], table["centred"] = interval(sums["similarity"] / counted), interval(centred)
@@ -904,7 +904,7 @@ def write_tables(results: Path, steps: list[int], curves: list[Curve], contrasts
         label, table = [curve.tokens, curve.kind], curve.table
         for index, layer in np.ndindex(table["cka"].shape):
             row = [*label, len(curve.texts), steps[index], layer]
-            for name in ("similarity", "unrelated", "centred", "cka", "stability"):  # three columns with an interval
+            for name in ("similarity", "unrelated", "centred", "cka", "stability"):  # with an interval: three columns
                 row += table[name][..., index, layer].flatten().tolist()
             rows.append(row)
         for text in curve.texts:
@@ -1014,7 +1014,7 @@ def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts:
         answers[0].set_ylabel("ratio of half-way steps")
         answers[0].set_xticks(range(0, layers + 1, layers // 8 + 1))
     rows[-1].supxlabel(name_layer(layers), fontsize="medium")
-    title = f"{family}\nthe training step at which words have come half the way to their final representation"
+    title = f"{family}\nthe training step at which words have come halfway to their final representation"
     figure.suptitle(title, parse_math=False)
     handles = [Line2D([], [], **style) for style in styles.values()]
     handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
@@ -1038,7 +1038,7 @@ def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -
         draw_line(column[1], steps, curve.table["similarity"][..., layer], style)
         column[1].plot(steps, curve.table["unrelated"][:, layer], color=style["color"], linestyle="--", linewidth=1)
         column[2].plot(steps, curve.table["stability"][:, layer], **style)
-        column[0].set_title(f"kind: {curve.kind}", y=1)  # to look for a free y takes time
+        column[0].set_title(f"kind: {curve.kind}", y=1)  # looking for a free y takes time
         column[2].set_xlabel("training step")
     panels[0, 0].set_ylabel("centred: correlation\nwith the final checkpoint")
     panels[1, 0].set_ylabel("similarity: cosine\nto the final checkpoint")
@@ -1238,7 +1238,7 @@ if __name__ == "__main__":
         if isinstance(error, RuntimeError) and "memory" not in problem:  # torch's errors of memory are RuntimeErrors
             raise
         if isinstance(error, OSError):
-            problem += "; make room, or set another RESULTS_DIR; what was measured is kept"
+            problem += "; make room, check permissions, or set another RESULTS_DIR; what was measured is kept"
         elif not isinstance(error, Problem):
             problem += "; lower BATCH_TOKENS or BOOTSTRAP_RESAMPLES, or read less; what was measured is kept"
         print(f"error: {plain(problem)}", file=sys.stderr)

@@ -6,14 +6,14 @@ Run on a machine that does nothing else:
     python tests/benchmark.py --growth    measures how its seconds and memory grow with the number of words
 All is computed in float32 on the CPU, from checkpoints of random float16 weights, stored as Pythia's are published, in
 the temporary folder: 0.14 GB each for 70m, 2.0 GB for 1b (set TMPDIR if that folder is not on a disk). --words are
-words a group, at most; --layers cuts a shape that does not fit into memory. What is printed:
+words a group, at most (not with --growth); --layers cuts a shape that does not fit into memory. What is printed:
 
 The machine. The limit for a checkpoint is the longer of reading its weights and multiplying its matrices:
     max(bytes / bandwidth, 2 x weights of the linear layers x distinct prefixes / matrix rate).
 The bandwidth is that of reading a checkpoint whose files were dropped from the system's cache (which works on Linux).
 The matrix rate is that of the model's own linear layers, one after the other, at 256 tokens, the best of six rounds.
-Both are measured before all else and after it, and the better counts. Embeddings are looked up and not multiplied, so
-they are not counted, as they are in the usual 2 x parameters x tokens.
+Both are measured before all else and after it (with --growth only before), and the better counts. Embeddings are looked
+up and not multiplied, so they are not counted, as they are in the usual 2 x parameters x tokens.
 
 A busy machine. The scripts set OMP_WAIT_POLICY=PASSIVE unless you set it, so that threads do not spin while they wait.
 With one of two cores busy elsewhere, the first experiment on the miniature took 19 s, without it 35; on an idle machine
@@ -36,15 +36,17 @@ to no file (RssAnon, on Linux, looked at every 50 ms): mapped weights do not cou
 --kinds passes each choice of kinds through the engine, as above. --growth runs the first script with more and more
 words a group, of all kinds, not matched in frequency since too few words can be, and prints beside its seconds
     START + checkpoints x (LOADING x GB + EFFORT x billions of linear weights x prefixes / matrix rate).
-Measured on two cores of an AMD EPYC at 213 GFLOP/s, and what the formula says, which was fitted to 1b's runs alone:
+Measured on two cores of an AMD EPYC at 213 to 215 GFLOP/s, and what the formula says, which was fitted to 1b's runs:
 
-    shape               texts   prefixes   seconds   formula   peak GB
-    1b                    660      1,372        43        44      4.15
-    1b                  2,750      5,306       112       115      4.21
-    1b                  9,842     16,605       336       320      4.31
-    1b                 17,842     27,642       550       520      4.29
-    12b, 10 layers        660      1,372       124       125     14.25
-    12b, 10 layers      2,750      5,306       384       403     14.35
+    shape            checkpoints   texts   prefixes   seconds   formula   peak GB
+    1b                         2     660      1,372        43        44      4.15
+    1b                         2   2,750      5,306       112       115      4.21
+    1b                         2   9,842     16,605       336       320      4.31
+    1b                         2  17,842     27,642       550       520      4.29
+    1b                         3   5,500      9,996       297       290      4.26
+    1b, second script          3   2,835     22,743       591       634      4.23
+    12b, 10 layers             2     660      1,372       124       125     14.25
+    12b, 10 layers             2   2,750      5,306       384       403     14.35
 """
 
 import argparse
@@ -325,7 +327,7 @@ def describe(machine: Machine, seconds: float, times: dict, counts: dict, peak: 
         "texts; distinct prefixes; nodes computed": "; ".join(map(str, counts.values())),
         "a checkpoint: limit to read; to multiply": f"{reading:.2f} s; {multiplying:.2f} s",
         "loading the first; others": f"{loadings[0]:.2f} s; {loading:.2f} s",
-        "passes, mean; best; best a text": f"{mean:.2f} s; {best:.2f} s; {1000 * best / counts['texts']:.2f} ms",
+        "passes, mean; best; best per text": f"{mean:.2f} s; {best:.2f} s; {1000 * best / counts['texts']:.2f} ms",
         "share of the matrix rate, mean; best": f"{multiplying / mean:.0%}; {multiplying / best:.0%}",
         "loading and passes over the limit": f"{(loading + mean) / limit:.2f}",
         "end to end: seconds; over the limit": f"{seconds:.1f} s; {seconds / limit / len(passes):.2f}",
@@ -344,7 +346,7 @@ def measure(folders: list[Path], words: int, peers: str) -> None:
     for name in WAYS:
         python = peers if name in ("TransformerLens", "minicons") else sys.executable
         _, *ways[name] = call_apart(time_way, name, str(folders[-1]), texts, python=python)
-    runs = [run_apart(name, folders, WORDS_PER_GROUP=words) for name in SCRIPTS]
+    runs = [run_apart(SCRIPTS[0], folders, WORDS_PER_GROUP=words), run_apart(SCRIPTS[1], folders)]
     machine = Machine(*map(max, machine, measure_machine(folders[-1])))
     print_table(("machine", ""), *((name, f"{value:.3g}") for name, value in machine._asdict().items()))
     rows = [(f"like with like: {len(texts)} words", "loading, s", "passes, s", "passes over the engine's")]

@@ -301,7 +301,7 @@ CASES = {
     ),
     **inputs(
         *(CONVERGENCE, WORDS),
-        no_words_file=(None, ["is not there", '{"word":']),
+        no_words_file=(None, ["is missing", '{"word":']),
         words_are_no_json=(b'{"one": 1,\n "two": 2,\n three}', ["JSONDecodeError", "line 3", '{"word":']),
         words_are_a_list=(b'["one", "two"]', ["it holds ['one', 'two']", "expected an object"]),
         words_are_empty=(b"{}", ["it holds {}", "expected an object"]),
@@ -309,7 +309,7 @@ CASES = {
         words_in_utf_16=('{"naïve": 1}'.encode("utf-16"), ["UnicodeDecodeError", "codec"]),
         words_in_latin_1=('{"naïve": 1}'.encode("latin-1"), ["UnicodeDecodeError", "codec"]),
         words_nested_without_end=(b"[" * 100_000, ["RecursionError"]),
-        words_that_stand_there_twice=(b'{"a": 1, "the": 2, "a": 3}', ["'a' stands there 2 times"]),
+        words_that_stand_there_twice=(b'{"a": 1, "the": 2, "a": 3}', ["'a' occurs 2 times"]),
         a_frequency_of_5000_digits=(b'{"a": %s}' % (b"9" * 5000), ["ValueError", "digits"]),
         a_frequency_of_400_digits=(b'{"a": 1%s}' % (b"0" * 400), ["frequency", "'a': 1000"]),
         frequencies_that_are_none=(
@@ -324,12 +324,12 @@ CASES = {
     ),
     **inputs(
         *(PERTURBATION, CONTEXTS),
-        no_contexts_file=(None, ["is not there", '"sentences": [...]']),
+        no_contexts_file=(None, ["is missing", '"sentences": [...]']),
         contexts_are_no_json=(b'{"noodle": {\n"sentences": [,]}}', ["line 2", "JSONDecodeError"]),
         contexts_are_a_number=(b"7", ["it holds 7", "expected an object"]),
         contexts_that_stand_there_twice=(
             b'{"ledge": {"sentences": ["a ledge", "the ledge"], "sentences": []}}',
-            ["'sentences' stands there 2 times"],
+            ["'sentences' occurs 2 times"],
         ),
         unusable_entries=(
             contexts(
@@ -344,15 +344,15 @@ CASES = {
             ),
             [
                 "correct or remove 9 entries",
-                "'ledge' is no word with an object",
+                "'ledge' is not a word with an object",
                 "'one' needs a list of 2 or more sentences",
                 "'none' needs a list of 2 or more sentences",
                 "'number' has sentences that are no text",
                 "'text' needs a list of 2 or more sentences",
                 "'blank' has replaced_sentences that are no text",
                 "'nothing' needs a list of 0 or more replaced_sentences",
-                "' ' is no word",
-                r"'\x1b[31m\r' is no word",
+                "' ' is not a word",
+                r"'\x1b[31m\r' is not a word",
             ],
         ),
         sentences_end_with_a_stop=(
@@ -392,19 +392,19 @@ CASES = {
     "steps_as_arguments": Case(DOWNLOAD, ["unrecognized arguments: 0"], arguments=("0",)),
     **families(
         empty_family=(without_steps, ["holds no checkpoint", "step0"]),
-        a_step_is_a_file=(lambda family: write(family / "step7", b""), ["step7 is no folder", "remove"]),
+        a_step_is_a_file=(lambda family: write(family / "step7", b""), ["step7 is not a folder", "remove"]),
         the_last_step_leads_nowhere=(
             lambda family: (family / "step64").symlink_to("gone"),
-            ["step64 is no folder", "fetch"],
+            ["step64 is not a folder", "fetch"],
         ),
         several_checkpoints=(
             several_faults,
-            ["step0: model.safetensors", "step1/config.json: expected", "is not there", "step2: it has no weights"],
+            ["step0: model.safetensors", "step1/config.json: expected", "is missing", "step2: it has no weights"],
         ),
         no_config=(final("config.json", None), ["step32", "config.json", "fetch"]),
         config_is_no_json=(final("config.json", b'{"model_type": '), ["step32", "config.json"]),
         config_is_a_list=(final("config.json", b"[]"), ["step32", "config.json", "it holds []"]),
-        config_is_a_pipe=(pipe("step32/config.json"), ["step32", "config.json", "no file"]),
+        config_is_a_pipe=(pipe("step32/config.json"), ["step32", "config.json", "not a file"]),
         another_architecture=(config(model_type="gpt2"), ["step32", "gpt2", "expected gpt_neox"]),
         width_is_a_word=(config(hidden_size="wide"), ["step32", "hidden_size"]),
         width_is_huge=(config(hidden_size=10**12), ["step32", "1000000000000"]),
@@ -457,8 +457,8 @@ CASES = {
         index_leads_out_of_the_folder=(index_of("../elsewhere.safetensors"), ["step0", "../elsewhere.safetensors"]),
         index_names_a_path=(index_of("/etc/hostname"), ["step0", "/etc/hostname"]),
     ),
-    "words_are_a_pipe": Case(CONVERGENCE, [WORDS, "no file"], spoil=pipe(f"../{WORDS}")),
-    "contexts_are_a_pipe": Case(PERTURBATION, [CONTEXTS, "no file"], spoil=pipe(f"../{CONTEXTS}")),
+    "words_are_a_pipe": Case(CONVERGENCE, [WORDS, "not a file"], spoil=pipe(f"../{WORDS}")),
+    "contexts_are_a_pipe": Case(PERTURBATION, [CONTEXTS, "not a file"], spoil=pipe(f"../{CONTEXTS}")),
     "contexts_that_the_tokenizer_cannot_read": Case(
         PERTURBATION, ["tokenizer cannot read", "fetch"], spoil=tokenizer(know_one_word)
     ),

@@ -563,7 +563,7 @@ def test_two_runs_at_once(place, hub):
     (code1, out1, err1), (code2, out2, err2) = end(first), end(second)
     assert (code1, err1, code2, err2) == (0, "", 0, "")
     assert state(out1, 4) == "whole, fetched now" and state(out2, 4) == "whole, was here"
-    assert f"another run fetches into {family(folder)}: waiting for its end\n" in out2
+    assert f"another run is fetching into {family(folder)}: waiting for it to end\n" in out2
     assert len(hub.seen("GET /cdn/")) == len(STEPS)
     assert_whole(folder, hub, *STEPS)
 

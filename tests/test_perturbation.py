@@ -1067,15 +1067,15 @@ BAD = {  # word: (entry, what is said of it)
     "lonely": ({"sentences": TWO[:1]}, "list of 2 or more sentences"),
     "null": ({"sentences": None}, "list of 2 or more sentences"),
     "string": ({"sentences": "It was a string"}, "list of 2 or more sentences"),
-    "list": (TWO, "no word with an object"),
+    "list": (TWO, "not a word with an object"),
     "number": ({"sentences": [*TWO, 7]}, "sentences that are no text"),
     "blank": ({"sentences": ["It was a blank", " \n"]}, "sentences that are no text"),
     "surrogate": ({"sentences": ["It was \udcff", *TWO]}, "sentences that are no text"),
     "perturbed": ({"sentences": TWO, "replaced_sentences": "bridge"}, "list of 0 or more replaced_sentences"),
     "untold": ({"sentences": TWO, "replaced_sentences": [None]}, "replaced_sentences that are no text"),
-    "": ({"sentences": TWO}, "no word"),
-    "\udcff": ({"sentences": TWO}, "no word"),
-    "nul\0": ({"sentences": TWO}, "no word"),
+    "": ({"sentences": TWO}, "not a word"),
+    "\udcff": ({"sentences": TWO}, "not a word"),
+    "nul\0": ({"sentences": TWO}, "not a word"),
     "x" * 300: ({"sentences": []}, "list of 2 or more sentences"),
 }
 ERRORS = {  # name: (contexts, what the line says)
@@ -1085,7 +1085,7 @@ ERRORS = {  # name: (contexts, what the line says)
     ),
     "two entries with one key": (
         f'{{"ledge": {{"sentences": {json.dumps(TWO)}}}, "ledge": {{"sentences": {json.dumps(TWO)}}}}}',
-        [CONTEXTS_FILE.name, "'ledge' stands there 2 times"],
+        [CONTEXTS_FILE.name, "'ledge' occurs 2 times"],
     ),
     "too long a sentence": (
         {"ledge": {"sentences": [*TWO, LONGEST, "a " + LONGEST]}},
