@@ -308,8 +308,10 @@ def fetch(revision: str, commit: str, files: dict[str, list], folder: Path) -> s
         shutil.rmtree(unfinished, ignore_errors=True)
         final.rename(unfinished)  # fetched by this script and damaged since
 
+    # Not by the library's verify_repo_checksums, which asks the hub once more and waits forever.
+    wrong = differences(files, unfinished, hashes=True)
     for _ in range(2):  # what arrives with a wrong checksum is fetched once more
-        for name in differences(files, unfinished, hashes=True):
+        for name in wrong:
             path = unfinished / name
             if name not in files:
                 path.unlink()  # of weights that are no longer published
@@ -319,8 +321,8 @@ def fetch(revision: str, commit: str, files: dict[str, list], folder: Path) -> s
                 warn(f"{revision}: {name} does not match the published checksum and is fetched again")
             bar = partial(Bar, revision, name, files[name][0])
             hf_hub_download(MODEL_ID, name, revision=commit, local_dir=unfinished, tqdm_class=bar, force_download=again)
-    # Not by the library's verify_repo_checksums, which asks the hub once more and waits forever.
-    wrong = differences(files, unfinished, hashes=True)
+        if wrong:
+            wrong = differences(files, unfinished, hashes=True)
     if wrong:
         return f"not whole: checksum wrong twice, suspect the mirror, the proxy or the disk: {listed(list(wrong))}"
     shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # the library's notes
@@ -374,7 +376,8 @@ def run() -> None:
     published = {revision: whole_files(folder / revision) for revision in revisions}
     missing = [revision for revision in revisions if not published[revision]]
     states = dict.fromkeys(revisions, "whole, was here")  # unless it is missing
-    print(f"looking up {len(missing)} of {len(revisions)} checkpoints of {MODEL_ID}", flush=True)
+    if missing:
+        print(f"looking up {len(missing)} of {len(revisions)} checkpoints of {MODEL_ID}", flush=True)
     commits, lacking = {}, []
     for revision in missing:
         try:

@@ -458,15 +458,15 @@ def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list
     the batch's tokens, unless one sequence is longer; the next repeats only the ancestors that both need.
     """
     batch_tokens = BATCH_TOKENS or (256 if device.type == "cpu" else 2048)
-    packs = []  # for each tree {prefix: its node}, and the rows of its texts
+    nodes, rows = {}, []  # of a tree: {prefix: its node}, and its texts among all
+    packs = [(nodes, rows)]
     for row in sorted(range(len(sequences)), key=sequences.__getitem__):
         sequence = sequences[row]
         prefixes = [sequence[:end] for end in range(1, len(sequence) + 1)]
-        new = [prefix for prefix in prefixes if packs and prefix not in packs[-1][0]]
-        if not packs or len(packs[-1][0]) + len(new) > batch_tokens:
-            packs.append(({}, []))
-            new = prefixes
-        nodes, rows = packs[-1]
+        new = [prefix for prefix in prefixes if prefix not in nodes]
+        if rows and len(nodes) + len(new) > batch_tokens:
+            nodes, rows, new = {}, [], prefixes
+            packs.append((nodes, rows))
         for prefix in new:
             nodes[prefix] = len(nodes)
         rows.append(row)
@@ -1098,6 +1098,6 @@ if __name__ == "__main__":
         if isinstance(error, OSError):
             problem += "; make room, check permissions, or set another RESULTS_DIR; what was measured is kept"
         elif not isinstance(error, Problem):
-            problem += "; lower BATCH_TOKENS or BOOTSTRAP_RESAMPLES, or read less; what was measured is kept"
+            problem += "; lower BATCH_TOKENS or BOOTSTRAP_RESAMPLES; what was measured is kept"
         print(f"error: {plain(problem)}", file=sys.stderr)
         sys.exit(2)

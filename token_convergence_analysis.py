@@ -474,7 +474,8 @@ def recombine(group: list[Text], tokenizer: Tokenizer, words: set[str]) -> list[
         for index in words_made:
             other = rng.integers(len(group))
             beginnings[index], beginnings[other] = beginnings[other], beginnings[index]
-    raise Problem(f"{WORDS_FILE}: recombined words of {name_tokens(tokens)} are words: add words, or change KINDS")
+    ways = 'add words, or take "recombined" out of KINDS'
+    raise Problem(f"{WORDS_FILE}: no way to recombine the words of {name_tokens(tokens)} without making words: {ways}")
 
 
 def choose_curves(words: dict[str, float], tokenizer: Tokenizer) -> list[Curve]:
@@ -511,15 +512,15 @@ def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list
     the batch's tokens, unless one sequence is longer; the next repeats only the ancestors that both need.
     """
     batch_tokens = BATCH_TOKENS or (256 if device.type == "cpu" else 2048)
-    packs = []  # for each tree {prefix: its node}, and the rows of its texts
+    nodes, rows = {}, []  # of a tree: {prefix: its node}, and its texts among all
+    packs = [(nodes, rows)]
     for row in sorted(range(len(sequences)), key=sequences.__getitem__):
         sequence = sequences[row]
         prefixes = [sequence[:end] for end in range(1, len(sequence) + 1)]
-        new = [prefix for prefix in prefixes if packs and prefix not in packs[-1][0]]
-        if not packs or len(packs[-1][0]) + len(new) > batch_tokens:
-            packs.append(({}, []))
-            new = prefixes
-        nodes, rows = packs[-1]
+        new = [prefix for prefix in prefixes if prefix not in nodes]
+        if rows and len(nodes) + len(new) > batch_tokens:
+            nodes, rows, new = {}, [], prefixes
+            packs.append((nodes, rows))
         for prefix in new:
             nodes[prefix] = len(nodes)
         rows.append(row)
@@ -1240,6 +1241,6 @@ if __name__ == "__main__":
         if isinstance(error, OSError):
             problem += "; make room, check permissions, or set another RESULTS_DIR; what was measured is kept"
         elif not isinstance(error, Problem):
-            problem += "; lower BATCH_TOKENS or BOOTSTRAP_RESAMPLES, or read less; what was measured is kept"
+            problem += "; lower BATCH_TOKENS, WORDS_PER_GROUP or BOOTSTRAP_RESAMPLES; what was measured is kept"
         print(f"error: {plain(problem)}", file=sys.stderr)
         sys.exit(2)

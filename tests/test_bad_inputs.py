@@ -375,7 +375,7 @@ CASES = {
         words(*TWO_TOKENS),
     ),
     "every_recombination_is_a_word": Case(
-        *(CONVERGENCE, [WORDS, "recombined words of 2 tokens", "change KINDS"]),
+        *(CONVERGENCE, [WORDS, "no way to recombine the words of 2 tokens", 'take "recombined" out of KINDS']),
         {"GROUPS": (2,), "MIN_GROUP_SIZE": 4},
         words("unicorn", "unarmed", "unnoticed", "unborn"),
     ),

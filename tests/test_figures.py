@@ -66,6 +66,7 @@ def test_figures_of_the_first_analysis(groups: list[convergence.Curve]) -> None:
         for number, curve in enumerate(groups):
             assert_shown(centred, number, curve.table["centred"][..., layer])
             np.testing.assert_array_equal(shown(similarity)[2 * number], curve.table["similarity"][0, :, layer])
+            np.testing.assert_allclose(band(similarity, number), curve.table["similarity"][1:, :, layer])
             np.testing.assert_array_equal(shown(similarity)[2 * number + 1], curve.table["unrelated"][:, layer])
             np.testing.assert_array_equal(shown(stability)[number], curve.table["stability"][:, layer])
     panels = convergence.draw_group("family", STEPS, groups[1]).axes
