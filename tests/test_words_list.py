@@ -1,4 +1,4 @@
-"""The words that the first experiment reads and their frequencies, with the real GPT-NeoX tokenizer."""
+"""The words of the first experiment and their frequencies, with the real GPT-NeoX tokenizer."""
 
 import json
 import math
@@ -35,7 +35,9 @@ def test_most_frequent_first(frequencies: dict[str, int]) -> None:
 
 def test_words_are_lower_case_letters(frequencies: dict[str, int]) -> None:
     letters = r"[^\W\d_]+"
-    assert not [word for word in frequencies if not re.fullmatch(f"{letters}(['-]{letters})*", word)]
+    assert not [
+        word for word in frequencies if not re.fullmatch(f"{letters}(['-]{letters})*", word)
+    ]
     assert not [word for word in frequencies if word != word.lower() or len(word) < 3]
 
 
@@ -48,17 +50,19 @@ def test_words_are_not_rare(frequencies: dict[str, int]) -> None:
 
 
 def test_no_names(frequencies: dict[str, int]) -> None:
-    names = "wimbledon kardashian america england barcelona london paris obama microsoft peter mike japan"
+    names = "wimbledon kardashian america england barcelona london paris obama microsoft peter mike"
     assert not set(names.split()) & set(frequencies)
 
 
 def test_no_junk(frequencies: dict[str, int]) -> None:
-    assert not {"lol", "wtf", "http", "www", "usa", "und", "ltd", "dept", "etc", "viii", "xxx"} & set(frequencies)
+    junk = "lol wtf http www usa und ltd dept etc viii xxx xor yrs rho ids och yow phi hes til ems"
+    assert not set(junk.split()) & set(frequencies)
 
 
 def test_ordinary_words(frequencies: dict[str, int]) -> None:
-    words = "the house green summer treasury senate butter lighthouse libraries unforgettable don't o'clock"
-    assert set(words.split()) <= set(frequencies)
+    words = "the house green summer treasury senate butter lighthouse libraries unforgettable don't"
+    short = "ale ant awl ewe gym owl rye sky yak yew zoo"
+    assert set(f"{words} {short} o'clock".split()) <= set(frequencies)
 
 
 def test_enough_words_can_be_matched_by_frequency(frequencies: dict[str, int]) -> None:
