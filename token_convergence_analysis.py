@@ -1,522 +1,369 @@
-"""Follows words of one and of several tokens, layer by layer, towards their hidden states in the final model.
+"""Follows words of one and of several tokens, layer by layer, towards their final hidden states.
 
-Run as `python token_convergence_analysis.py [FAMILY]`. FAMILY is a folder with a sub-folder for each training step
-(step0, step512 ... step143000) that holds a GPT-NeoX checkpoint; without it CHECKPOINTS_DIR is analysed. On several
-GPUs, `torchrun --nproc-per-node=4 token_convergence_analysis.py [FAMILY]` shares the checkpoints out; on a CPU set
-OMP_NUM_THREADS, which torchrun otherwise sets to 1 for each process.
+    python token_convergence_analysis.py [FAMILY ...]
+    torchrun --nproc-per-node=4 token_convergence_analysis.py [FAMILY ...]  # shares out checkpoints
 
-The words with the same number of tokens form a group. A word is read after one <|endoftext|>, with a leading space,
-and its hidden state, scaled to length 1, is taken at its last token. Each group is read in the ways that KINDS names:
-    word        as it is;
-    recombined  its last token after the first tokens of another word of its group: the same tokens, and no word;
-    carried     at the end of CARRIER, so that the last tokens of all words stand at one position.
-For each group, kind, checkpoint and layer, u being the states at that step and f those of the final checkpoint:
-    similarity  the mean cosine of u and f;
-    unrelated   the mean cosine of u of one text and f of another: the floor that anisotropy gives (Ethayarajh 2019,
-                arXiv:1909.00512);
-    centred     the correlation of u and f, after the mean over texts is taken from each. This is the curve to read;
-    cka         linear CKA of u and f: whether the geometry among the texts has settled (Kornblith et al. 2019,
-                arXiv:1905.00414);
-    stability   the mean cosine of u with the state at the checkpoint before.
-The answer is the half-way step: where `centred` has come halfway from its first value to 1.
-Layer 0 is the token embedding; the last layer is taken after the final LayerNorm, as transformers returns it.
+FAMILY is a folder with a sub-folder for each training step (step0, step512 ... step143000) that
+holds a Hugging Face checkpoint; without it CHECKPOINTS_DIR is analysed. An interrupted run
+continues when it is started again. With torchrun on a CPU, set OMP_NUM_THREADS.
 
-RESULTS_DIR/<name of FAMILY>/ then holds half_way.png and half_way.csv (the answer), contrasts.csv, convergence.csv,
-texts.csv, similarities.npz, overview.png, group_<n>_tokens.png, layer_<ll>.png, and kept/: what each checkpoint
-contributed, so that an interrupted run can continue.
+The words with the same number of tokens form a group. Its kinds are `word`; `recombined`, the last
+token of each word after the first tokens of another; and `alone`, the last token without others. A
+text is read after BOS and CARRIER, which is cut at its beginning so that all last tokens stand at
+one position. There its hidden state is taken and scaled to length 1: u at a step, f at the end.
+    similarity  the mean cosine of u and f of the same text; of different texts: unrelated
+    centred     the correlation of u and f, after the mean over texts is taken from each
+    composed    the same for what the first tokens add: u less the mean u of REFERENCES further
+                recombinations that end in the same token; composed_share: of the variance of u
+    per_dimension  the mean of the correlations in each dimension (arXiv:2109.04404)
+    cka         linear CKA of u and f (arXiv:1905.00414), which does not see rotations
+    stability   the mean cosine of u with that of the checkpoint before
+The answers are `known`, by how many nats the model expects the words' last tokens more after their
+own beginnings than after others', and the half-way steps, by which these curves have come halfway.
+
+RESULTS_DIR/<name of FAMILY>/ gets tables, figures and kept/: what was measured of each checkpoint.
+Of several families, RESULTS_DIR gets families.csv and families.png.
 """
 
 import os
-import signal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait crawl on a busy machine
-if __name__ == "__main__":  # Ctrl-C during the imports below, which take seconds, is not to end in a traceback
-    usual_handler = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin crawl on a busy machine
 
 import csv
 import hashlib
-import inspect
 import json
 import math
 import re
+import shutil
 import sys
-import tempfile
-import zipfile
+import unicodedata
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial, reduce
-from itertools import cycle
+from functools import reduce
+from itertools import product
 from operator import and_
 from pathlib import Path
-from threading import Thread
-from typing import IO, NamedTuple
+from pickle import UnpicklingError
+from tempfile import TemporaryFile
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
 import torch
 import transformers
-from matplotlib import colormaps
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
-from safetensors.torch import load_file
+from safetensors import safe_open
 from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm import tqdm
-from transformers import GPTNeoXConfig, GPTNeoXModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
-# ------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # files and folders, beside this script
 CHECKPOINTS_DIR = "pythia_1b_checkpoints"  # the family that is analysed if none is named
 RESULTS_DIR = "convergance_plots"  # gets a folder for each family
-WORDS_FILE = "words_list.json"  # {word: frequency}
+WORDS_FILE = "words_list.json"  # {word: occurrences, on a linear scale}
 # words
 GROUPS = (1, 2, 3, 4)  # numbers of tokens; the words with that many form a group
-KINDS = ("word", "recombined", "carried")  # how a group is read: any of these three
-CARRIER = "The next word that you will find on this page of the list is"  # what stands before a carried word
-MATCH_FREQUENCY = True  # draw words so that all groups have the same frequencies; False: draw from each at random
+KINDS = ("word", "recombined", "alone")  # how a group is read: any of these three
+REFERENCES = 3  # further recombinations of a group, for `composed`; 0 = none
+CARRIER = "The next word that you will find on this page of the list is"  # before a text; "" = none
+MATCH_FREQUENCY = True  # all groups get the same frequencies; False: draw from each at random
 WORDS_PER_GROUP = 500  # words in a group, at most; None = all
 MIN_GROUP_SIZE = 10  # words, 4 or more; a smaller group is left out
 LEADING_SPACE = True  # tokenize a word as it stands in running text
-PREPEND_BOS = True  # read it after <|endoftext|>, away from the attention sink at position 0
+PREPEND_BOS = True  # read it after BOS, away from the attention sink at position 0
+BOS = "<|endoftext|>"  # of the family's tokenizer
 # model
-DTYPE = "float32"  # of linear layers and attention: "float32", "bfloat16", "float16"; the residual stream is float32
+DTYPE = "float32"  # of weights and activations: "float32", "bfloat16", "float16"
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
 BATCH_TOKENS = None  # tokens in a forward pass, at most; None = 256 on a CPU, 2048 elsewhere
 # statistics
-SEED = 0  # of the draw of words, of the recombination and of the bootstrap
+SEED = 0  # of the draw of words, of the recombinations and of the bootstrap
 BOOTSTRAP_RESAMPLES = 1000  # resamples of the last tokens behind an interval
-# ------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 HERE = Path(__file__).resolve().parent
-RANK, RANKS = 0, 1
-if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():  # started by torchrun
-    RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-BOS = "<|endoftext|>"
-OF_TEXTS = ("similarity", "stability", "covariance", "variance")  # what a checkpoint contributes of each text,
-OF_CURVES = ("unrelated", "cka")  # and of each curve
-ARCHITECTURE = (  # what defines the base model, as attributes of GPTNeoXConfig: the same in all of a family
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
-    "layer_norm_eps", "max_position_embeddings", "rope_parameters", "use_parallel_residual", "attention_bias",
-)  # fmt: skip
-ROPE_OF_2022 = ("rotary_pct", "rotary_emb_base", "rope_scaling", "rope_theta", "partial_rotary_factor")  # older names
-# endings of tensors that are no part of it: buffers that files of 2022 hold, and the head
-SURPLUS = ("attention.bias", "attention.masked_bias", "rotary_emb.inv_freq", "embed_out.weight", "lm_head.weight")
-
-
-class Problem(Exception):
-    """What is wrong, where, and what to do, in one line: it ends the run with exit code 2."""
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
+CONTRASTS = {  # (kind, measure) of the half-way steps whose ratio is taken
+    "word / shortest": (("word", "centred"), ("word", "centred")),  # of the smallest group
+    "last token / shortest": (("alone", "centred"), ("word", "centred")),  # likewise
+    "word / last token": (("word", "centred"), ("alone", "centred")),  # of one group, paired
+    "composed / recombined": (("word", "composed"), ("recombined", "composed")),  # likewise
+}
+HEAD = r"(lm_head|embed_out)\..*"  # names of the output layer's tensors
+MAY_DIFFER = HEAD + r"|.*\.(attention\.bias|masked_bias|inv_freq)"  # among tensors, and configs:
+MAY_DIFFER += "|architectures|dtype|transformers_version|use_cache|_name_or_path"
+LAYER_LABEL = "layer (0 = token embedding, last = after the final norm)"
 
 
 class Text(NamedTuple):
-    word: str  # of WORDS_FILE, or the string of a recombination
-    frequency: float  # of the word; NaN for a recombination
-    token_ids: tuple[int, ...]  # as the model reads them, after <|endoftext|>
+    tokens: int  # of the word
+    kind: str  # of KINDS, or "reference 1" ...
+    word: str  # of WORDS_FILE, or the string of another kind
+    frequency: float  # of the word; NaN for other kinds
+    token_ids: tuple[int, ...]  # after BOS, carrier included
 
 
 class Curve(NamedTuple):
-    tokens: int  # of each word
-    kind: str  # of KINDS
-    texts: list[Text]
-    rows: slice  # of its texts among those of all curves
+    tokens: int
+    kind: str
+    count: int  # of its texts
+    rows: slice  # of these among all
+    references: list[slice]  # rows of the texts that `composed` is relative to
     table: dict[str, np.ndarray]  # what is found: see tabulate
 
 
-class Contrast(NamedTuple):
-    curve: Curve
-    other: Curve
-    ratio: np.ndarray  # of their half-way steps, float64 (3, layers + 1): see interval
+class HalfWay(NamedTuple):
+    resampled: np.ndarray  # float64 (1 + resamples, layers + 1); infinite: never; NaN: not defined
+    values: np.ndarray  # float64 (3, layers + 1): estimate, low, high; NaN: none
+    around: np.ndarray  # int64 (2, layers + 1): the checkpoints before and after
 
 
-class Tree(NamedTuple):
-    inputs: dict[str, torch.Tensor]  # of the model: input_ids, position_ids, int (1, nodes), and attention_mask
-    last: list[int]  # the node at which each text of the tree ends
-    rows: list[int]  # its texts among all
-
-
-def plain(text: object) -> str:
-    """A text in one line, with escapes for the characters that a terminal would obey."""
-    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in str(text))
-
-
-def say(message: str) -> None:
+def print0(message: str) -> None:
+    """Prints at once, on the first rank alone."""
     if RANK == 0:
         try:
-            print(plain(message), flush=True)
-        except BrokenPipeError:  # the reader of the output has gone: the results are what count
-            sys.stdout = None
+            print(message, flush=True)
+        except BrokenPipeError:  # `| head` does not end the run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def warn(message: str) -> None:
-    if RANK == 0:
-        print(f"warning: {plain(message)}", file=sys.stderr)
-
-
-def reason(error: Exception) -> str:
-    """What an error says: for a library's, its name and first 500 characters, in one line."""
-    if isinstance(error, Problem):
-        return str(error)
-    text = " ".join(str(error).split())[:500]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def is_text(value: object) -> bool:
-    """Whether a value is a string that is not blank, has no NUL, and can be written as UTF-8."""
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        return False
-    return value == value.encode("utf-8", "ignore").decode("utf-8")
-
-
-def is_whole(value: object, least: int, most: float = math.inf) -> bool:
-    return type(value) is int and least <= value <= most
-
-
-def check_settings() -> None:
-    """Stops at the first setting that makes no sense."""
-    groups_right = isinstance(GROUPS, tuple | list) and GROUPS and all(is_whole(tokens, 1) for tokens in GROUPS)
-    kinds_right = isinstance(KINDS, tuple | list) and KINDS and all(KINDS.count(kind) == 1 for kind in KINDS)
-    kinds_right = kinds_right and all(kind in ("word", "recombined", "carried") for kind in KINDS)
-    device_right = isinstance(DEVICE, str) and re.fullmatch("auto|cpu|mps|cuda(:[0-9]+)?", DEVICE)
-    for name, right, expected in (
-        ("CHECKPOINTS_DIR", is_text(CHECKPOINTS_DIR), "the name of a folder"),
-        ("RESULTS_DIR", is_text(RESULTS_DIR), "the name of a folder"),
-        ("WORDS_FILE", is_text(WORDS_FILE), "the name of a file"),
-        ("GROUPS", groups_right, "numbers of tokens, such as (1, 2, 3, 4)"),
-        ("KINDS", kinds_right, 'some of ("word", "recombined", "carried")'),
-        ("CARRIER", is_text(CARRIER), "the opening of a sentence"),
-        ("MATCH_FREQUENCY", type(MATCH_FREQUENCY) is bool, "True or False"),
-        ("WORDS_PER_GROUP", WORDS_PER_GROUP is None or is_whole(WORDS_PER_GROUP, 4), "None or a number of at least 4"),
-        ("MIN_GROUP_SIZE", is_whole(MIN_GROUP_SIZE, 4), "a number of at least 4"),
-        ("LEADING_SPACE", type(LEADING_SPACE) is bool, "True or False"),
-        ("PREPEND_BOS", type(PREPEND_BOS) is bool, "True or False"),
-        ("DTYPE", DTYPE in ("float32", "bfloat16", "float16"), '"float32", "bfloat16" or "float16"'),
-        ("DEVICE", device_right, '"auto", "cpu", "cuda", "cuda:1" or "mps"'),
-        ("BATCH_TOKENS", BATCH_TOKENS is None or is_whole(BATCH_TOKENS, 1), "None or a number of at least 1"),
-        ("SEED", is_whole(SEED, 0), "a number of at least 0"),
-        ("BOOTSTRAP_RESAMPLES", is_whole(BOOTSTRAP_RESAMPLES, 1, 10_000), "a number from 1 to 10000"),
-    ):
-        if not right:
-            raise Problem(f"{name} = {globals()[name]!r} at the top of {Path(__file__).name}: expected {expected}")
-
-
-def choose_device() -> torch.device:
-    name = DEVICE
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and RANKS > 1:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+@contextmanager
+def blame(culprit: object):
+    """Any error in the block, of whatever library, becomes one that names the culprit."""
     try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise Problem(f'DEVICE = {DEVICE!r}: {name} cannot be used here ({reason(error)}): set it to "cpu"') from None
+        yield
+    except Exception as error:
+        raise AssertionError(f"{culprit}: {error or type(error).__name__}") from error
 
 
-def find_family(name: str) -> Path:
-    """The folder of a family, looked for where the script was started, then beside it."""
-    for folder in (Path(name), HERE / name):
-        if folder.is_dir():
-            return folder.resolve()
-    raise Problem(
-        f"there is no folder {HERE / name}: fetch Pythia-1B with `python download_checkpoints.py`, or train "
-        "a miniature with `python tests/miniature.py` and name its folder, miniature_checkpoints"
-    )
+# ---- checkpoints ---------------------------------------------------------------------------------
 
 
 def find_checkpoints(family: Path) -> dict[int, Path]:
-    """The checkpoints of a family by training step, in ascending order."""
-    folders = {}
+    """The folders of a family's checkpoints by training step, in ascending order."""
+    hint = "fetch Pythia-1B with download_checkpoints.py or train a miniature: tests/miniature.py"
+    assert family.is_dir(), f"there is no folder {family}: {hint}"
+    steps = []
     for folder in family.iterdir():
-        if match := re.fullmatch("step(0|[1-9][0-9]{0,11})", folder.name):
-            folders[int(match[1])] = folder
-            if not folder.is_dir():  # a link that leads nowhere, say: without it another step would be the final one
-                raise Problem(f"{folder} is not a folder: fetch that checkpoint again, or remove the entry")
-    if not folders:
-        raise Problem(f"{family} holds no checkpoint: expected a folder for each training step, such as step0")
-    return dict(sorted(folders.items()))
-
-
-def without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    for key, count in Counter(key for key, _ in pairs).items():
-        if count > 1:
-            raise ValueError(f"{key!r} occurs {count} times")
-    return dict(pairs)
-
-
-def read_json(file: Path, expected: str) -> dict:
-    """The object that a JSON file holds. An empty one, and a key that stands in it twice, are errors too."""
-    try:
-        if not file.is_file():  # a named pipe, say, which would be waited for forever
-            raise Problem("it is missing, or not a file")
-        content = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repeats)
-        if not isinstance(content, dict) or not content:
-            raise Problem(f"it holds {content!r:.40}")
-    except (Problem, OSError, ValueError, RecursionError) as error:
-        raise Problem(f"{file}: expected {expected}, but {reason(error)}") from None
-    return content
-
-
-def read_words() -> dict[str, float]:
-    """The words of WORDS_FILE, in its order, and their frequencies."""
-    file = HERE / WORDS_FILE
-    words = read_json(file, 'an object {"word": frequency, ...}')
-    unusable = []
-    for word, frequency in words.items():
-        frequency_right = type(frequency) in (int, float) and 0 < frequency <= sys.float_info.max
-        if not is_text(word) or word.split() != [word] or not frequency_right:
-            unusable.append(f"{word!r}: {frequency!r:.40}")
-    if unusable:
-        some = ", ".join(unusable[:5])
-        raise Problem(f"{file}: remove what is not a word or has no frequency above 0, {len(unusable)} entries: {some}")
-    return words
-
-
-def read_config(folder: Path) -> GPTNeoXConfig:
-    """The configuration of a checkpoint's base model: what defines it, and nothing else of config.json."""
-    entries = read_json(folder / "config.json", "the configuration of a GPT-NeoX model")
-    if entries.get("model_type") != "gpt_neox":
-        raise Problem(f"the architecture is {entries.get('model_type')}, expected gpt_neox")
-    entries = {name: entries[name] for name in (*ARCHITECTURE, *ROPE_OF_2022) if name in entries}
-    config = GPTNeoXConfig.from_dict(entries)
-    return GPTNeoXConfig(**{name: getattr(config, name) for name in ARCHITECTURE})
-
-
-def read_tokenizer(content: bytes) -> Tokenizer:
-    """The tokenizer that a tokenizer.json holds, made to neither pad nor cut."""
-    tokenizer = Tokenizer.from_buffer(content)
-    if PREPEND_BOS and tokenizer.token_to_id(BOS) is None:
-        raise Problem(f"its tokenizer has no token {BOS}; set PREPEND_BOS = False")
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+        if re.fullmatch(r"step(0|[1-9]\d*)", folder.name):
+            steps.append(int(folder.name[4:]))
+        elif (folder / "config.json").exists():  # else another step could become the final one
+            raise AssertionError(f"{folder} is not named step<N>: rename it, or move it away")
+    assert steps, f"{family} holds no checkpoint: expected a folder for each step, such as step0"
+    return {step: family / f"step{step}" for step in sorted(steps)}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint, one or shards: safetensors where there are, else pickled."""
-    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    found = [name for name in names if (folder / name).is_file()]
-    if not found:
-        raise Problem(f"it has no weights, expected {names[0]} or {names[2]}")
-    shards = [found[0]]
-    if found[0].endswith(".index.json"):
-        index = read_json(folder / found[0], 'an object {"weight_map": {tensor: file, ...}}')
-        shards = sorted(set(index["weight_map"].values()))
-    for shard in shards:
-        if Path(shard).name != shard or not (folder / shard).is_file():
-            raise Problem(f"its weights lack the file {shard}")
-    return [folder / shard for shard in shards]
+    return sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint in the type that they are stored in, under their names in the base model.
+def describe(folder: Path) -> tuple[dict[str, object], dict[str, tuple]]:
+    """A checkpoint's config, and the shapes of its tensors, from the headers of its files."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    shapes, files = {}, weight_files(folder)
+    assert files, "it has no weights, model*.safetensors or pytorch_model*.bin"
+    for file in files:
+        with file.open("rb") as stream:
+            pointer = stream.read(7) == b"version"
+        assert not pointer, f"{file.name} is a Git LFS pointer: run git lfs pull"
+        if file.suffix == ".bin":
+            try:
+                tensors = torch.load(file, mmap=True, weights_only=True)
+            except UnpicklingError as error:
+                advice = "holds more than tensors: save the model as safetensors"
+                raise AssertionError(f"{file.name} {advice}") from error
+            shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        else:
+            with safe_open(file, "pt") as tensors:  # refuses a file that is cut
+                names = tensors.keys()
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+    return config.to_dict(), shapes
 
-    They are mapped into memory: nothing is read from disk before it is used.
-    """
-    weights = {}
-    for file in weight_files(folder):
+
+def check_checkpoints(checkpoints: dict[int, Path]) -> None:
+    """Stops before any work, and names all checkpoints that are not of the final one's kind."""
+    final, faults = checkpoints[max(checkpoints)], []
+    with blame(f"fetch or train again {final}"):
+        expected = describe(final)
+    for folder in checkpoints.values():
         try:
-            if file.suffix == ".safetensors":
-                weights |= load_file(file)
-            else:  # the pickles of old versions of torch cannot be mapped
-                weights |= torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-        except Exception as error:  # whatever the readers raise, the file cannot be used
-            raise Problem(f"{file.name}: {reason(error)}") from None
-    return {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
+            for found, wanted in zip(describe(folder), expected, strict=True):
+                if found.keys().isdisjoint(wanted):
+                    continue  # one of the two was saved without an output layer
+                for name in sorted(found.keys() | wanted.keys()):
+                    same = found.get(name) == wanted.get(name) or re.fullmatch(MAY_DIFFER, name)
+                    values = f"{name} is {found.get(name)}, in {final.name} {wanted.get(name)}"
+                    assert same, values
+        except Exception as error:
+            faults.append(f"{folder.name} ({error})")
+    advice = f"fetch or train again, or remove, in {final.parent}"
+    assert not faults, f"{advice}: {'; '.join(faults)}"
 
 
-def load_weights(model: GPTNeoXModel, weights: dict[str, torch.Tensor], assign: bool = False) -> None:
-    """Copies weights into a model, in place: fresh memory would cost time. With assign, they take the place of its own.
-
-    That reads nothing from disk, so it checks a checkpoint on a model of the meta device. Raises RuntimeError for a
-    tensor of a wrong shape or type, Problem for one that is missing or has no place.
-    """
-    missing, unexpected = model.load_state_dict(weights, strict=False, assign=assign)
-    unexpected = [name for name in unexpected if not name.endswith(SURPLUS)]
-    if missing:
-        raise Problem(f"its weights lack {len(missing)} tensors of its config's model, such as {missing[0]}")
-    if unexpected:
-        raise Problem(f"its config's model has no place for {len(unexpected)} tensors, such as {unexpected[0]}")
+# ---- words ---------------------------------------------------------------------------------------
 
 
-def fingerprint(folder: Path, weights: dict[str, torch.Tensor]) -> list:
-    """What changes with a checkpoint's weights: sizes and times of the files, names and four values of the tensors."""
-    stats = [file.stat() for file in weight_files(folder)]
-    samples = [tensor.flatten()[:: tensor.numel() // 4 + 1].tolist() for tensor in weights.values()]
-    return [[(stat.st_size, stat.st_mtime_ns) for stat in stats], list(weights), samples]
+def read_words(file: Path) -> dict[str, float]:
+    """{word: frequency}, in Unicode's form NFC; of words that are then equal the first counts."""
+    listed = json.loads(file.read_text(encoding="utf-8-sig"))
+    assert isinstance(listed, dict) and listed, 'expected {"word": frequency, ...}'
+    words = {}
+    for word, frequency in listed.items():
+        assert 0 < frequency < math.inf, f"the frequency of {word!r} is {frequency}"
+        words.setdefault(unicodedata.normalize("NFC", word.strip()), frequency)
+    if len(words) < len(listed):
+        print0(f"warning: {file.name}: {len(listed) - len(words)} words stand there twice")
+    if MATCH_FREQUENCY and max(words.values()) <= 100 * min(words.values()):
+        advice = "give occurrences, as counted in a corpus, not Zipf values, ranks or scores"
+        print0(f"warning: {file.name}: all frequencies lie within two powers of ten: {advice}")
+    return words
 
 
-def read_family(checkpoints: dict[int, Path]) -> tuple[GPTNeoXConfig, Tokenizer, dict[int, list]]:
-    """Checks every checkpoint. Returns what all share, config and tokenizer, and the fingerprint of each.
-
-    Stops, and names all that cannot be used, if some are not whole or not of the final checkpoint's kind.
-    """
-    final = checkpoints[max(checkpoints)]
-    fingerprints, unusable = {}, []
-    descending = sorted(checkpoints.items(), reverse=True)
-    for step, folder in tqdm(descending, desc="checking", unit="checkpoint", leave=False, disable=RANK > 0):
-        try:
-            own_config, weights = read_config(folder), read_weights(folder)
-            if not (folder / "tokenizer.json").is_file():
-                raise Problem("it has no tokenizer.json")
-            tokenizer_bytes = (folder / "tokenizer.json").read_bytes()
-            layers = own_config.num_hidden_layers
-            if not 0 < layers <= len(weights):  # to build a model of a million layers would take ages
-                raise Problem(f"its config has {layers} layers, its weights {len(weights)} tensors")
-            if folder == final:
-                config, tokenizer, final_bytes = own_config, read_tokenizer(tokenizer_bytes), tokenizer_bytes
-                if max(tokenizer.get_vocab().values()) >= config.vocab_size:
-                    raise Problem(f"its tokenizer has more tokens than its model, which knows {config.vocab_size} only")
-                with torch.device("meta"):
-                    model = GPTNeoXModel(config)
-                    model(torch.zeros(1, 1, dtype=torch.long))  # a config that contradicts itself fails here
-            for name in ARCHITECTURE:
-                own, expected = getattr(own_config, name), getattr(config, name)
-                if own != expected:
-                    raise Problem(f"its {name} is {own}, that of {final.name} {expected}")
-            if tokenizer_bytes != final_bytes and read_tokenizer(tokenizer_bytes).to_str() != tokenizer.to_str():
-                raise Problem(f"its tokenizer is not that of {final.name}")
-            load_weights(model, weights, assign=True)
-            fingerprints[step] = fingerprint(folder, weights)
-        except Exception as error:  # whatever the readers raise, the checkpoint cannot be used
-            unusable.append(f"{folder}: {reason(error)}")
-            if folder == final:  # there is nothing to compare the others with
-                break
-    if unusable:
-        raise Problem(f"fetch or train again, or remove, what cannot be used: {'; '.join(reversed(unusable))}")
-    return config, tokenizer, fingerprints
-
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[int, ...]]:
-    """The token ids of each text, without <|endoftext|>."""
-    try:
-        return [tuple(encoding.ids) for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
-    except Exception as error:  # tokenizers has no narrower one
-        raise Problem(f"the family's tokenizer cannot read the texts ({reason(error)}): fetch it again") from None
-
-
-def name_tokens(count: int) -> str:
-    return "1 token" if count == 1 else f"{count} tokens"
-
-
-def frequency_bin(text: Text) -> int:
-    """A bin is a quarter of a power of ten wide."""
-    return math.floor(4 * math.log10(text.frequency))
+def encode_words(words: list[str], tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """The token ids of each word: with a leading space those that it adds to a letter before it."""
+    before = "a " if LEADING_SPACE else ""
+    skip = len(tokenizer.encode(before[:1], add_special_tokens=False).ids)
+    encodings = tokenizer.encode_batch([before + word for word in words], add_special_tokens=False)
+    return [tuple(encoding.ids[skip:]) for encoding in encodings]
 
 
 def match_frequencies(groups: dict[int, list[Text]]) -> dict[int, list[Text]]:
-    """Takes equally many words of each frequency from every group: as many as the poorest has in each bin.
+    """Takes equally many words of each frequency from every group: as many as the poorest has.
 
-    While fewer than MIN_GROUP_SIZE words can be matched, a group is left out, the one without which most can. Within a
-    bin the words are taken in the order of their group.
+    While fewer than MIN_GROUP_SIZE can be matched, the group without which most can is left out.
     """
-    counts = {tokens: Counter(map(frequency_bin, texts)) for tokens, texts in groups.items()}
+    bins = {}  # a quarter of a power of ten wide
+    for tokens, texts in groups.items():
+        bins[tokens] = [math.floor(4 * math.log10(text.frequency)) for text in texts]
 
-    def room(left_out: int | None = None) -> Counter:  # bin: the least count of the groups
-        return reduce(and_, [counts[tokens] for tokens in counts if tokens != left_out])
+    def common(left_out: int | None = None) -> Counter:
+        """{bin: words that every group has of it}."""
+        return reduce(and_, [Counter(bins[tokens]) for tokens in bins if tokens != left_out])
 
-    while room().total() < MIN_GROUP_SIZE:
-        worst = max(counts, key=lambda tokens: room(tokens).total())
-        group = f"words of {name_tokens(worst)} that match the others in frequency"
-        warn(f"{WORDS_FILE} has too few {group}: left out; add some, or set MATCH_FREQUENCY = False")
-        del counts[worst]
-    taken = room()
+    while common().total() < MIN_GROUP_SIZE:
+        worst = max(bins, key=lambda tokens: common(tokens).total())
+        advice = f"add some to {WORDS_FILE}, or set MATCH_FREQUENCY = False"
+        print0(f"warning: {worst}-token words left out: too few match in frequency; {advice}")
+        del bins[worst]
+    taken = common()
     if WORDS_PER_GROUP is not None and taken.total() > WORDS_PER_GROUP:
-        ends = np.cumsum([0, *taken.values()]) * WORDS_PER_GROUP // taken.total()  # so that they add up to it
-        taken = dict(zip(taken, np.diff(ends), strict=True))
+        ends = np.cumsum([0, *taken.values()]) * WORDS_PER_GROUP // taken.total()
+        taken = dict(zip(taken, np.diff(ends), strict=True))  # they add up to WORDS_PER_GROUP
     matched = {}
-    for tokens in counts:
+    for tokens in bins:
         left, matched[tokens] = Counter(taken), []
-        for text in groups[tokens]:
-            if left[frequency_bin(text)] > 0:
-                left[frequency_bin(text)] -= 1
+        for text, bin in zip(groups[tokens], bins[tokens], strict=True):
+            if left[bin] > 0:
+                left[bin] -= 1
                 matched[tokens].append(text)
     return matched
 
 
-def draw_words(texts: list[Text]) -> dict[int, list[Text]]:
-    """Draws the words of each group, by their number of tokens."""
+def draw_words(words: dict[str, float], tokenizer: Tokenizer) -> dict[int, list[Text]]:
+    """The words of each group, by their number of tokens."""
+    listed = {tokens: [] for tokens in GROUPS}
+    for word, ids in zip(words, encode_words(list(words), tokenizer), strict=True):
+        if len(ids) in listed:
+            listed[len(ids)].append(Text(len(ids), "word", word, words[word], ids))
     groups = {}
-    for tokens in sorted(set(GROUPS)):
-        group = [text for text in texts if len(text.token_ids) == tokens]
+    for tokens, group in listed.items():
         if len(group) < MIN_GROUP_SIZE:
-            warn(f"{WORDS_FILE} has {len(group)} words of {name_tokens(tokens)}, fewer than MIN_GROUP_SIZE: left out")
+            print0(f"warning: {tokens}-token words left out: {WORDS_FILE} has {len(group)} of them")
             continue
         order = np.random.default_rng([SEED, tokens]).permutation(len(group))
         groups[tokens] = [group[index] for index in order]
-    if not groups:
-        raise Problem(f"{WORDS_FILE} has no group of MIN_GROUP_SIZE = {MIN_GROUP_SIZE} words: lower it or add words")
+    assert groups, f"{WORDS_FILE} has no group of MIN_GROUP_SIZE = {MIN_GROUP_SIZE} words: add some"
     if MATCH_FREQUENCY:
         return match_frequencies(groups)
     return {tokens: group[:WORDS_PER_GROUP] for tokens, group in groups.items()}
 
 
-def recombine(group: list[Text], tokenizer: Tokenizer, words: set[str]) -> list[Text]:
-    """Puts each word's last token after the first tokens of another, so that no result is one of the words.
+def recombine(sequences: list, count: int, tokenizer: Tokenizer, words: set[str]) -> list[list]:
+    """Puts the last token of each sequence after the first tokens of another, count times.
 
-    Every beginning is used once. They are drawn at random; those that make a word change places with others until none
-    does.
+    Every beginning is used once. Strings that are words, or that the tokenizer would read in
+    another way, exchange their beginnings with others until there are none.
     """
-    tokens = len(group[0].token_ids)
-    rng = np.random.default_rng([SEED, tokens])
-    beginnings = [text.token_ids[:-1] for text in group]
-    rng.shuffle(beginnings)
-    for _ in range(1000):
-        sequences = [(*beginning, text.token_ids[-1]) for beginning, text in zip(beginnings, group, strict=True)]
-        strings = tokenizer.decode_batch(sequences)
-        words_made = [index for index, string in enumerate(strings) if string in words]
-        if not words_made:
-            return [Text(string, math.nan, ids) for string, ids in zip(strings, sequences, strict=True)]
-        for index in words_made:
-            other = rng.integers(len(group))
-            beginnings[index], beginnings[other] = beginnings[other], beginnings[index]
-    ways = 'add words, or take "recombined" out of KINDS'
-    raise Problem(f"{WORDS_FILE}: no way to recombine the words of {name_tokens(tokens)} without making words: {ways}")
+    rng = np.random.default_rng([SEED, len(sequences[0])])
+    order, fits, found = rng.permutation(len(sequences)), {}, []  # whose beginning each gets
+    for _ in range(100 * count * len(sequences)):
+        made = []
+        for start, ids in zip(order, sequences, strict=True):
+            made.append(sequences[start][:-1] + ids[-1:])
+        for ids in set(made) - fits.keys():
+            string = tokenizer.decode(ids)
+            same = tuple(tokenizer.encode(string, add_special_tokens=False).ids) == ids
+            fits[ids] = same and string.strip().casefold() not in words
+        bad = [i for i, ids in enumerate(made) if not fits[ids] or order[i] == i]
+        if bad:
+            one, other = rng.choice(bad), rng.integers(len(sequences))
+            order[[one, other]] = order[[other, one]]
+            continue
+        if made not in found:
+            found.append(made)
+        if len(found) == count:
+            break
+        order = rng.permutation(len(sequences))
+    return found
 
 
-def choose_curves(words: dict[str, float], tokenizer: Tokenizer) -> list[Curve]:
-    """The curves with their texts. The n-th text of a group ends in the same token in all kinds."""
-    strings = [" " + word if LEADING_SPACE else word for word in words]
-    encoded = encode(tokenizer, strings)
-    all_texts = [Text(word, words[word], ids) for word, ids in zip(words, encoded, strict=True)]
-    decoded = set(tokenizer.decode_batch([text.token_ids for text in all_texts]))
-    (carrier,) = encode(tokenizer, [CARRIER])
-    curves, end = [], 0
-    for tokens, group in draw_words(all_texts).items():
-        for kind in KINDS:
-            texts = group
-            if kind == "recombined":
-                if tokens == 1:
-                    continue
-                texts = recombine(group, tokenizer, decoded)
-            if kind == "carried":
-                if len(carrier) < tokens:
-                    raise Problem(f"CARRIER has {name_tokens(len(carrier))}, some words {tokens}: make it longer")
-                texts = [text._replace(token_ids=carrier[tokens - 1 :] + text.token_ids) for text in group]
-            start, end = end, end + len(texts)
-            curves.append(Curve(tokens, kind, texts, slice(start, end), {}))
-    if not curves:
-        raise Problem("words of 1 token cannot be recombined: add another kind to KINDS, or longer words to GROUPS")
-    return curves
+def choose_texts(words: dict[str, float], tokenizer: Tokenizer) -> tuple[list[Text], list[Curve]]:
+    """All that is read, and the curves. The i-th texts of a group's kinds end in one token."""
+    folded = {word.casefold() for word in words}
+    carrier = tuple(tokenizer.encode(CARRIER, add_special_tokens=False).ids)
+    assert not carrier or len(carrier) >= max(GROUPS), 'make CARRIER longer, or ""'
+    texts, curves = [], []
+    for tokens, group in draw_words(words, tokenizer).items():
+        read, references = {"word": [text.token_ids for text in group]}, []
+        if tokens > 1:
+            count = REFERENCES if {"word", "recombined"} & set(KINDS) else 0
+            made = recombine(read["word"], 1 + count, tokenizer, folded)
+            advice = f"add words to {WORDS_FILE}, or lower REFERENCES"
+            assert len(made) == 1 + count, f"{tokens}-token words make too few strings: {advice}"
+            read["recombined"] = made.pop()
+            read["alone"] = [text.token_ids[-1:] for text in group]
+            for number, sequences in enumerate(made, 1):
+                read[f"reference {number}"] = sequences
+        for kind, sequences in read.items():
+            rows = slice(len(texts), len(texts) + len(group))
+            if kind.startswith("reference"):
+                references.append(rows)
+            elif kind in KINDS:
+                own = [] if kind == "alone" else references
+                curves.append(Curve(tokens, kind, len(group), rows, own, {}))
+            else:
+                continue
+            strings = tokenizer.decode_batch(sequences)
+            for text, string, ids in zip(group, strings, sequences, strict=True):
+                word = (text.word, text.frequency) if kind == "word" else (string, math.nan)
+                texts.append(Text(tokens, kind, *word, carrier[len(ids) - 1 :] + ids))
+    assert texts, '1-token words are read as they are: add "word" to KINDS, or more to GROUPS'
+    return texts, curves
 
 
-def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list[Tree]:
+# ---- measuring: after a change in this section, the next run measures again ----------------------
+
+OF_TEXTS = ("similarity", "covariance", "variance", "stability")  # see compare
+OF_TEXTS += ("composed_covariance", "composed_variance")
+OF_CURVES = ("unrelated", "per_dimension", "cka")  # one number for all texts of a curve
+
+
+def prefix_trees(sequences: list[tuple[int, ...]], batch_tokens: int) -> list[tuple]:
     """Packs token sequences into prefix trees, in which every distinct prefix stands once.
 
-    A causal model's hidden state depends on the prefix alone. So the nodes of a tree are put in one input sequence,
-    where each attends to its ancestors and itself, and its position is its depth. A tree ends before it grows beyond
-    the batch's tokens, unless one sequence is longer; the next repeats only the ancestors that both need.
+    A causal model's hidden state depends on the prefix alone. So the prefixes, a tree's nodes, form
+    one input in which each attends to its ancestors and itself, at the position of its depth. For
+    each tree: inputs, rows of its sequences, the last node of each, the node before that or -1.
     """
-    batch_tokens = BATCH_TOKENS or (256 if device.type == "cpu" else 2048)
-    nodes, rows = {}, []  # of a tree: {prefix: its node}, and its texts among all
+    nodes, rows = {}, []  # of a tree: {prefix: its node}, and its sequences among all
     packs = [(nodes, rows)]
     for row in sorted(range(len(sequences)), key=sequences.__getitem__):
-        sequence = sequences[row]
-        prefixes = [sequence[:end] for end in range(1, len(sequence) + 1)]
+        prefixes = [sequences[row][:end] for end in range(1, len(sequences[row]) + 1)]
         new = [prefix for prefix in prefixes if prefix not in nodes]
         if rows and len(nodes) + len(new) > batch_tokens:
             nodes, rows, new = {}, [], prefixes
@@ -524,723 +371,687 @@ def prefix_trees(sequences: list[tuple[int, ...]], device: torch.device) -> list
         for prefix in new:
             nodes[prefix] = len(nodes)
         rows.append(row)
-
     trees = []
     for nodes, rows in packs:
-        mask = torch.zeros(1, 1, len(nodes), len(nodes), dtype=torch.bool)
+        mask = torch.eye(len(nodes), dtype=torch.bool)
         for prefix, node in nodes.items():
-            mask[0, 0, node, [nodes[prefix[:end]] for end in range(1, len(prefix) + 1)]] = True
-        token_ids = torch.tensor([[prefix[-1] for prefix in nodes]])
-        positions = torch.tensor([[len(prefix) - 1 for prefix in nodes]])
-        inputs = {"input_ids": token_ids, "position_ids": positions, "attention_mask": mask}
-        trees.append(Tree(inputs, [nodes[sequences[row]] for row in rows], rows))
+            if len(prefix) > 1:
+                mask[node] |= mask[nodes[prefix[:-1]]]
+        inputs = {
+            "input_ids": torch.tensor([[prefix[-1] for prefix in nodes]]),
+            "position_ids": torch.tensor([[len(prefix) - 1 for prefix in nodes]]),
+            "attention_mask": mask[None, None],
+        }
+        last = [nodes[sequences[row]] for row in rows]
+        before = [nodes.get(sequences[row][:-1], -1) for row in rows]
+        trees.append((inputs, rows, last, before))
     return trees
 
 
-def onednn_linear(layer: torch.nn.Linear, states: torch.Tensor, activation: str = "none") -> torch.Tensor:
-    """A linear layer in float32 by oneDNN, on AMD CPUs about twice as fast as by MKL, which torch takes otherwise."""
-    return torch.ops.mkldnn._linear_pointwise(states, layer.weight, layer.bias, activation, [], "none")
+def load_model(folder: Path, device: torch.device) -> tuple[torch.nn.Module, bool]:
+    """A checkpoint's model in DTYPE, and whether its output layer was there; all else has to be."""
+    options = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+    options |= {"ignore_mismatched_sizes": True, "dtype": getattr(torch, DTYPE)}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *map(str, info["mismatched_keys"])]
+    lost = [name for name in info["missing_keys"] if re.fullmatch(HEAD, name)]
+    wrong = sorted(set(wrong) - set(lost))
+    assert not wrong, f"{len(wrong)} tensors are missing, surplus or misshapen, as {wrong[0]}"
+    return model.to(device), not lost
 
 
-def onednn_mlp(mlp: torch.nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """The two linear layers of a block's MLP, with the GELU between them, which oneDNN applies as it multiplies."""
-    return mlp.dense_4h_to_h(onednn_linear(mlp.dense_h_to_4h, states, "gelu"))
+def check_trees(model: torch.nn.Module, inputs: dict[str, Tensor], states: Tensor) -> None:
+    """Stops if a node's state, of states (nodes, width), is not that of its prefix read alone."""
+    node = inputs["position_ids"].argmax()
+    alone = inputs["input_ids"][:, inputs["attention_mask"][0, 0, node]]
+    expected = model(alone, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1]
+    cosine = torch.cosine_similarity(states[node].float(), expected.float(), dim=0)
+    enough = 0.99999 if DTYPE == "float32" else 0.99
+    assert cosine > enough, f"a model of type {model.config.model_type} cannot read prefix trees"
 
 
-def build_model(config: GPTNeoXConfig, device: torch.device) -> GPTNeoXModel:
-    """The base model, with no weights yet. Its blocks compute in DTYPE; the residual stream stays in float32."""
-    config._attn_implementation = "sdpa"
-    with torch.device("meta"):  # so that no time goes into random weights, and no memory into another type
-        model = GPTNeoXModel(config)
-    linear_layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
-    for layer in linear_layers:
-        layer.to(getattr(torch, DTYPE))
-    model.to_empty(device=device).eval()
-    model.rotary_emb = type(model.rotary_emb)(config).to(device)  # its frequencies are in no file
-    if DTYPE == "float32" and device.type == "cpu" and torch.backends.mkldnn.is_available():
-        for layer in linear_layers:
-            layer.forward = partial(onednn_linear, layer)
-        if config.hidden_act == "gelu":
-            for block in model.layers:
-                block.mlp.forward = partial(onednn_mlp, block.mlp)
-    return model
+def read_states(folder: Path, trees: list, texts: list[Text], device: torch.device, bar: tqdm):
+    """What is read of a checkpoint at each text's last token.
 
-
-def read_ahead(folder: Path) -> None:
-    """Reads the weights of a checkpoint once, so that the operating system has them in memory when they are loaded."""
-    with suppress(Exception):  # what is wrong with a file is said when it is loaded
-        for file in weight_files(folder):
-            with file.open("rb") as stream:
-                while stream.read(2**24):
-                    pass
-
-
-def make_store(shape: tuple[int, int, int], device: torch.device) -> torch.Tensor:
-    """Room for the unit states of a checkpoint: in the GPU's memory if it has plenty, else in a temporary file."""
-    if device.type == "cuda" and 4 * math.prod(shape) < torch.cuda.mem_get_info(device)[0] / 2:
-        return torch.empty(shape, device=device)
-    file = tempfile.TemporaryFile(dir=HERE / RESULTS_DIR, buffering=0)  # noqa: SIM115 (the memory map outlives this)
-    for _ in range(shape[0]):
-        file.write(bytes(4 * shape[1] * shape[2]))  # a full disk is an error here; later, it would kill the process
-    return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=shape))
-
-
-def read_unit_states(
-    model: GPTNeoXModel, upcoming: list[Path], trees: list[Tree], names: list[str], store: torch.Tensor, progress: tqdm
-) -> None:
-    """Fills store, float32 (layers + 1, texts, width), with the hidden state at each text's last token, at length 1.
-
-    They are those of the first of the upcoming checkpoints, which is taken from the list. Meanwhile the weights of the
-    next one are read from disk.
+    Returns its hidden states, scaled to length 1, float32 (layers + 1, texts, width), on disk; and
+    log p(its token | those before) in nats, float32 (texts,), NaN without a head or such tokens.
     """
-    folder = upcoming.pop(0)
-    progress.set_description(folder.name)
-    try:
-        load_weights(model, read_weights(folder))
-    except Exception as error:  # it was whole at the start
-        raise Problem(f"{folder} changed during the run ({reason(error)}): fetch it again, and run again") from None
-    for following in upcoming[:1]:
-        Thread(target=read_ahead, args=[following], daemon=True).start()
-    for tree in trees:
-        with torch.autocast(model.device.type, getattr(torch, DTYPE), enabled=DTYPE != "float32"):
-            inputs = {name: tensor.to(model.device) for name, tensor in tree.inputs.items()}
-            hidden_states = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-        states = torch.stack([layer[0, tree.last] for layer in hidden_states]).float()
+    bar.set_description(folder.name)
+    with blame(folder):
+        model, has_head = load_model(folder, device)
+    shape = (model.config.num_hidden_layers + 1, len(texts), model.config.hidden_size)
+    free, needed = shutil.disk_usage(HERE / RESULTS_DIR).free / 1e9, 4e-9 * math.prod(shape)
+    assert free > needed, f"{HERE / RESULTS_DIR}: {free:.1f} GB are free, {needed:.1f} are needed"
+    file = TemporaryFile(dir=HERE / RESULTS_DIR)  # noqa: SIM115, lives as long as the array
+    unit = torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
+    targets = torch.tensor([text.token_ids[-1] for text in texts])
+    log_prob = torch.full((len(texts),), math.nan)
+    for inputs, rows, last, before in trees:
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        nodes, places = np.unique(before, return_inverse=True)  # many texts share one
+        asked = {"output_hidden_states": True, "logits_to_keep": torch.tensor(nodes).to(device)}
+        output = model(**inputs, use_cache=False, **asked)
+        states = torch.stack([layer[0, last] for layer in output.hidden_states]).float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        wrong = ~(norms.isfinite() & (norms > 0))
-        if wrong.any():
-            layer, index, _ = wrong.nonzero()[0].tolist()  # in the lowest layer: higher up it spreads to all texts
-            fault = f"the hidden state of {names[tree.rows[index]]!r:.60} is not finite, or zero"
-            raise Problem(f'{folder}, layer {layer}: {fault}; fetch it again, or set DTYPE = "float32"')
-        store[:, tree.rows] = (states / norms).to(store.device)
-        progress.update()
+        bad = (~norms.isfinite() | (norms == 0)).nonzero().tolist()
+        for layer, index, _ in bad:
+            place = f"{texts[rows[index]].word!r} in layer {layer}"
+            raise AssertionError(f"{folder}: the hidden state of {place} is not finite, or zero")
+        if rows is trees[0][1]:
+            check_trees(model, inputs, output.hidden_states[-1][0])
+        unit[:, rows] = (states / norms).cpu()
+        if has_head:
+            found = output.logits[0].float().log_softmax(-1).cpu()[places, targets[rows]]
+            log_prob[rows] = found.masked_fill(torch.tensor(before) < 0, math.nan)
+        bar.update()
+    return unit, log_prob
 
 
-def unbiased_hsic(left: torch.Tensor, right: torch.Tensor) -> float:
-    """The unbiased estimate of HSIC (Song et al. 2012, JMLR 13, equation 5).
-
-    left, right: float64 (texts, texts), kernels whose diagonals are zero.
-    """
+def unbiased_hsic(left: Tensor, right: Tensor) -> float:
+    """HSIC of kernels (texts, texts) without their diagonals (Song et al. 2012, equation 5)."""
     count = len(left)
     of_sums = left.sum() * right.sum() / ((count - 1) * (count - 2))
     of_rows = 2 * (left.sum(0) @ right.sum(0)) / (count - 2)
     return ((left * right).sum() + of_sums - of_rows).item() / (count * (count - 3))
 
 
-def linear_cka(states: torch.Tensor, others: torch.Tensor) -> float:
-    """Linear CKA with the unbiased HSIC (Nguyen et al. 2021, arXiv:2010.15327), of two float32 (texts, width).
-
-    NaN where a HSIC in the denominator is not positive.
-    """
-    kernels = []
-    for matrix in (states, others):
-        kernel = (matrix @ matrix.T).cpu().double()
-        kernels.append(kernel.fill_diagonal_(0))
-    own, other = (unbiased_hsic(kernel, kernel) for kernel in kernels)
-    return unbiased_hsic(*kernels) / math.sqrt(own * other) if own > 0 and other > 0 else math.nan
+def linear_cka(states: Tensor, others: Tensor) -> float:
+    """Linear CKA of two (texts, width), by unbiased HSIC (arXiv:2010.15327); NaN if one is <= 0."""
+    kernel = (states @ states.T).cpu().double().fill_diagonal_(0)
+    other_kernel = (others @ others.T).cpu().double().fill_diagonal_(0)
+    own, other = unbiased_hsic(kernel, kernel), unbiased_hsic(other_kernel, other_kernel)
+    if own <= 0 or other <= 0:
+        return math.nan
+    return unbiased_hsic(kernel, other_kernel) / math.sqrt(own * other)
 
 
-def compare(unit: torch.Tensor, final: torch.Tensor, before: torch.Tensor) -> dict[str, torch.Tensor | float]:
-    """Compares the unit states of one curve in one layer with those of the final checkpoint and of the one before.
+def compare(unit: Tensor, final: Tensor, before: Tensor, references: list[Tensor]) -> dict:
+    """Compares the states of one curve in one layer with the final ones and those before.
 
-    Each is float32 (texts, width). Returns OF_TEXTS, each float32 (texts,), and OF_CURVES, each a number.
+    Each is float32 (texts, width); references: the mean of theirs now and in the end, or nothing.
+    Returns OF_TEXTS, float32 (texts,) each, and OF_CURVES.
     """
     similarity = (unit * final).sum(-1)
-    pairs = unit.sum(0) @ final.sum(0) - similarity.sum()  # the sum over all pairs of different texts
+    pairs = unit.sum(0) @ final.sum(0) - similarity.sum()  # over all pairs of different texts
     own, own_final = unit - unit.mean(0), final - final.mean(0)
-    return {
-        "similarity": similarity.cpu(),
-        "stability": (unit * before).sum(-1).cpu(),
-        "covariance": (own * own_final).sum(-1).cpu(),
-        "variance": (own * own).sum(-1).cpu(),
-        "unrelated": pairs.item() / (len(unit) * (len(unit) - 1)),
-        "cka": linear_cka(own[:1000], own_final[:1000]),  # centring changes nothing: the estimate ignores common parts
+    covariance = (own * own_final).sum(0).double()  # in each dimension
+    variances = torch.stack([own.square().sum(0), own_final.square().sum(0)]).double()
+    varied = variances.amin(0) >= 1e-8 * len(unit) / unit.shape[1]  # less is rounding
+    found = {
+        "similarity": similarity,
+        "covariance": (own * own_final).sum(-1),
+        "variance": own.square().sum(-1),
+        "stability": (unit * before).sum(-1),
+        "unrelated": pairs / (len(unit) * (len(unit) - 1)),
+        "per_dimension": (covariance / variances.prod(0).sqrt())[varied].mean(),
+        "cka": linear_cka(own[:1000], own_final[:1000]),
     }
-
-
-def contribution_of(stores: list[torch.Tensor], curves: list[Curve], device: torch.device) -> dict[str, np.ndarray]:
-    """All that a checkpoint contributes, float32: OF_TEXTS (layers + 1, texts), OF_CURVES (layers + 1, curves).
-
-    stores: its unit states, the final ones and those of the checkpoint before, (layers + 1, texts, width) each.
-    """
-    layers, texts, _ = stores[0].shape
-    contribution = {name: np.empty((layers, texts), np.float32) for name in OF_TEXTS}
-    contribution |= {name: np.empty((layers, len(curves)), np.float32) for name in OF_CURVES}
-    for layer in range(layers):
-        for number, curve in enumerate(curves):
-            unit, final, before = (store[layer, curve.rows].to(device) for store in stores)
-            for name, value in compare(unit, final, before).items():
-                place = curve.rows if name in OF_TEXTS else number
-                contribution[name][layer, place] = np.asarray(value)
-    return contribution
-
-
-def measure(
-    checkpoints: dict[int, Path],
-    missing: dict[int, Path],
-    sequences: list[tuple[int, ...]],
-    curves: list[Curve],
-    config: GPTNeoXConfig,
-    device: torch.device,
-) -> None:
-    """Measures the missing checkpoints, {step: file}, and keeps what each contributes as soon as it is known."""
-    final = max(checkpoints)
-    before = dict(zip(list(checkpoints)[1:], checkpoints, strict=False))
-    needed = sorted(set(missing) | {before[step] for step in missing if step in before})
-    upcoming = [checkpoints[step] for step in dict.fromkeys([final, *needed])]
-    names = [text.word for curve in curves for text in curve.texts]
-    trees = prefix_trees(sequences, device)
-    model = build_model(config, device)
-    shape = (config.num_hidden_layers + 1, len(sequences), config.hidden_size)
-    final_states, states, states_before = (make_store(shape, device) for _ in range(3))
-    with tqdm(total=len(upcoming) * len(trees), unit="batch", disable=RANK > 0) as progress:
-        read_unit_states(model, upcoming, trees, names, final_states, progress)
-        for step in needed:
-            if step == final:
-                states = final_states
-            else:
-                read_unit_states(model, upcoming, trees, names, states, progress)
-            if step in missing:
-                contribution = contribution_of([states, final_states, states_before], curves, device)
-                if step not in before:
-                    contribution["stability"][:] = np.nan
-                write_arrays(missing[step], contribution)
-            states, states_before = states_before, states
-
-
-def source_of(function: Callable, found: dict[str, str]) -> dict[str, str]:
-    """The source of a function and of every function of this script that it names, {name: source}, added to found."""
-    source = found[function.__name__] = inspect.getsource(function)
-    for name in re.findall(r"\w+", source):
-        named = globals().get(name)
-        if inspect.isfunction(named) and named.__module__ == __name__ and name not in found:
-            source_of(named, found)
+    if references:
+        own, own_final = unit - references[0], final - references[1]
+        own, own_final = own - own.mean(0), own_final - own_final.mean(0)
+        found["composed_covariance"] = (own * own_final).sum(-1)
+        found["composed_variance"] = own.square().sum(-1)
     return found
 
 
-def contribution_keys(checkpoints: dict[int, Path], fingerprints: dict[int, list], inputs: list) -> dict[int, str]:
-    """For each step, a digest of all that its contribution depends on, the code that measures it included."""
-    code = source_of(measure, {})
-    shared = [code, torch.__version__, transformers.__version__, inputs, fingerprints[max(checkpoints)]]
-    keys, before = {}, None
-    for step in checkpoints:
-        parts = json.dumps([*shared, fingerprints[step], before])
-        keys[step] = hashlib.sha256(parts.encode()).hexdigest()[:16]
-        before = fingerprints[step]
-    return keys
+def compare_all(states: list[Tensor], curves: list[Curve], device: torch.device) -> dict:
+    """OF_TEXTS and OF_CURVES of a checkpoint, float32 (layers + 1, texts) each, NaN if undefined.
+
+    states: its unit states, the final ones and those before, (layers + 1, texts, width) each.
+    """
+    shape = (len(states[0]), curves[-1].rows.stop)
+    found = {name: torch.full(shape, math.nan) for name in OF_TEXTS + OF_CURVES}
+    for layer, curve in product(range(shape[0]), curves):
+        unit, final, before = (of_all[layer, curve.rows].to(device) for of_all in states)
+        references = []
+        if curve.references:
+            for of_all in states[:2]:
+                read = [of_all[layer, rows].to(device) for rows in curve.references]
+                references.append(torch.stack(read).mean(0))
+        for name, value in compare(unit, final, before, references).items():
+            found[name][layer, curve.rows] = value
+    return found
 
 
-@contextmanager
-def written_whole(file: Path, mode: str, **how: str) -> Iterator[IO]:
-    """A new file to write to, which takes the given name only when it is whole."""
-    partial_file = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial_file.unlink(missing_ok=True)
-    try:
-        with partial_file.open(mode, **how) as stream:
-            yield stream
-        partial_file.replace(file)
-    finally:
-        partial_file.unlink(missing_ok=True)
+def measure(checkpoints, files, texts, start, curves, device) -> None:
+    """Measures the steps of files, {step: npz}, and keeps what is found of each at once."""
+    steps = list(checkpoints)
+    pairs = zip(steps, [*steps[1:], None], strict=True)  # stability takes the one before, too
+    needed = [step for step, after in pairs if step in files or after in files]
+    sequences = [start + text.token_ids for text in texts]
+    trees = prefix_trees(sequences, BATCH_TOKENS or (256 if device.type == "cpu" else 2048))
+    if device.type == "cpu" and DTYPE == "float32" and torch.backends.mkldnn.is_available():
+        linear = torch.ops.mkldnn._linear_pointwise  # on AMD CPUs twice as fast as torch's default
+        torch.nn.Linear.forward = lambda self, x: linear(x, self.weight, self.bias, "none", [], "")
+    read = {steps[-1], *needed}
+    with tqdm(total=len(trees) * len(read), unit="batch", disable=RANK > 0) as bar:
+        final, final_log_prob = read_states(checkpoints[steps[-1]], trees, texts, device, bar)
+        unit = final
+        for step in needed:
+            unit_before, unit, log_prob = unit, final, final_log_prob
+            if step != steps[-1]:
+                unit, log_prob = read_states(checkpoints[step], trees, texts, device, bar)
+            if step in files:
+                found = compare_all([unit, final, unit_before], curves, device)
+                if step == steps[0]:
+                    found["stability"][:] = math.nan
+                partial_file = files[step].with_suffix(".partial.npz")
+                np.savez(partial_file, log_prob=log_prob, **found)
+                partial_file.replace(files[step])  # whole, or not there
 
 
-def write_arrays(file: Path, arrays: dict[str, object]) -> None:
-    with written_whole(file, "xb") as stream:
-        np.savez(stream, **arrays)
+# ---- what is kept --------------------------------------------------------------------------------
 
 
-def read_kept(file: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, np.ndarray] | None:
-    """What a checkpoint contributed, or None if that is not known: arrays of these names and shapes."""
-    with suppress(Exception), np.load(file) as arrays:  # what cannot be read, for whatever reason, is not known
-        contribution = dict(arrays)
-        if {name: array.shape for name, array in contribution.items()} == shapes:
-            return contribution
-    return None
-
-
-def open_results(family: Path) -> tuple[Path, list[str]]:
-    """The folder of a family's results, and the names of the figures that an earlier run drew there."""
-    if not family.name:
-        raise Problem(f"{family} has no name for a folder of results: name a folder within it")
-    results = HERE / RESULTS_DIR / family.name
-    (results / "kept").mkdir(parents=True, exist_ok=True)
-    record = results / "kept" / "run.json"
-    if not record.exists():
-        record_run(results, family, [])
-    earlier = read_json(record, "the record of an earlier run; delete it")
-    owner = earlier.get("family")
-    if owner != str(family):
-        ways = f"rename one, set another RESULTS_DIR or, if it only moved, delete {record}"
-        raise Problem(f"{results} holds the results of {owner}, not of {family}: {ways}")
-    return results, earlier.get("figures") or []
-
-
-def record_run(results: Path, family: Path, figures: list[str]) -> None:
-    """Writes down whose results are in a folder, and which figures in it are ours."""
-    with written_whole(results / "kept" / "run.json", "x", encoding="utf-8") as stream:
-        json.dump({"family": str(family), "figures": figures}, stream)
+def kept_files(kept: Path, checkpoints: dict[int, Path], inputs: list) -> dict[int, Path]:
+    """The file of each step, named by a digest of all that its content depends on."""
+    sections = Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")
+    code = [section for section in sections if section.startswith("measuring")]
+    shared = [code, torch.__version__, transformers.__version__, inputs]
+    weights, files = {}, {}
+    for step, folder in checkpoints.items():
+        weights[step] = [(folder / "config.json").read_text(encoding="utf-8")]
+        for file in weight_files(folder):
+            with file.open("rb") as stream:
+                stream.seek(max(0, file.stat().st_size - 2**20))
+                tail = hashlib.sha256(stream.read()).hexdigest()
+            weights[step] += [file.stat().st_size, file.stat().st_mtime_ns, tail]
+    for step, before in zip(checkpoints, [None, *checkpoints], strict=False):
+        parts = [shared, weights[max(checkpoints)], weights[step], weights.get(before)]
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        files[step] = kept / f"step{step}-{digest}.npz"
+    return files
 
 
 def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
-    """Warns of checkpoints that agree with an earlier one bit for bit from layer 0 upwards: they share weights.
-
-    values: float32 (steps, layers + 1, numbers).
-    """
-    bits = values.view(np.int32)
-    copies = defaultdict(list)  # (an earlier step, how many layers agree with it): the later steps
+    """Names checkpoints with the values (steps, layers + 1, texts) of an earlier one."""
     for later in range(1, len(steps)):
-        agree = (bits[:later] == bits[later]).all(-1)  # (earlier steps, layers + 1)
+        agree = (values[:later] == values[later]).all(-1)  # (earlier steps, layers + 1)
         depths = np.cumprod(agree, axis=1).sum(1)  # how many layers agree, from 0 upwards
         if depths.max() > 0:
-            copies[steps[depths.argmax()], depths.max()].append(steps[later])
-    layers = values.shape[1] - 1
-    for (earlier, depth), others in copies.items():
-        extent = f"up to layer {depth - 1} of {layers}" if depth <= layers else "in all layers"
-        names = ", ".join(map(str, others))
-        warn(f"steps {earlier} and {names} have the same hidden states {extent}: so far their weights are the same")
+            pair = f"steps {steps[depths.argmax()]} and {steps[later]}"
+            extent = f"{depths.max()} of {values.shape[1]} layers, from layer 0 on"
+            print0(f"warning: {pair} have the same states in {extent}: trust one of them at most")
+
+
+# ---- statistics ----------------------------------------------------------------------------------
 
 
 def resample(last_tokens: list[int], seed: int) -> np.ndarray:
-    """How often each text or word counts, float64 (1 + BOOTSTRAP_RESAMPLES, as many).
+    """How often each text counts, float64 (1 + BOOTSTRAP_RESAMPLES, texts).
 
-    Once each in row 0, which gives the estimate. In the others as often as its last token was drawn, from all last
-    tokens with replacement: words that end in the same token are not independent. From one last token alone nothing can
-    be drawn: NaN.
+    Once in row 0; else as often as its last token was drawn, since words that end in one token are
+    not independent. NaN if all do.
     """
     _, clusters = np.unique(last_tokens, return_inverse=True)
     count = clusters.max() + 1
     rng = np.random.default_rng([SEED, seed])
-    counts = np.ones((1 + BOOTSTRAP_RESAMPLES, count))
-    for row in counts[1:]:
-        row[:] = np.bincount(rng.integers(count, size=count), minlength=count)
-    if count == 1:
-        counts[1:] = np.nan
+    drawn = rng.multinomial(count, np.full(count, 1 / count), BOOTSTRAP_RESAMPLES)
+    counts = np.vstack([np.ones(count), drawn if count > 1 else drawn * math.nan])
     return counts[:, clusters]
 
 
 def interval(values: np.ndarray) -> np.ndarray:
-    """The estimate, which values start with, and the 95 % percentile interval of its resamples, the rest of them.
+    """Estimate, low and high, float64 (3, ...): values[0], and the 95 % interval of the others.
 
-    Returns float64 (3, ...): estimate, low, high (Efron 1979, doi:10.1214/aos/1176344552). Infinite values stand for
-    none, such as no crossing; a bound among them is NaN.
+    Percentile bootstrap (Efron 1979). Infinite: never, becomes NaN; NaN is left out.
     """
-    with np.errstate(invalid="ignore"):
-        bounds = np.percentile(values[1:], (2.5, 97.5), axis=0)
-    return np.stack([values[0], *np.where(np.isfinite(bounds), bounds, np.nan)])
+    low_high = np.nanpercentile(values[1:], (2.5, 97.5), axis=0)
+    found = np.stack([values[0], *low_high])
+    return np.where(np.isfinite(found), found, np.nan)
 
 
-def half_way_steps(centred: np.ndarray, steps: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Where a curve last passes half of its way from its first value to 1, linear in log2(1 + step).
+def half_way_steps(progress: np.ndarray, steps: list[int]) -> HalfWay:
+    """Where progress last passes 0.5 upwards, by log2(1 + step); empty checkpoints are skipped.
 
-    centred: float (1 + resamples, steps, layers + 1). Returns the steps, float (1 + resamples, layers + 1), infinite
-    where there are none; and the index of the checkpoint before each, int.
+    progress: float64 (1 + resamples, steps, layers + 1).
     """
-    first = centred[:, :1]
-    with np.errstate(invalid="ignore", divide="ignore"):  # the first checkpoint may be a copy of the final one
-        progress = (centred - first) / (1 - first)
-    upwards = (progress[:, :-1] < 0.5) & (progress[:, 1:] >= 0.5)
-    index = len(steps) - 2 - upwards[:, ::-1].argmax(1)  # of the last crossing
-    before = np.take_along_axis(progress, index[:, None], 1)[:, 0]
-    after = np.take_along_axis(progress, index[:, None] + 1, 1)[:, 0]
     position = np.log2(1 + np.array(steps))
-    part = (0.5 - before) / (after - before)
-    half_way = 2 ** (position[index] + part * (position[index + 1] - position[index])) - 1
-    return np.where(upwards.any(1), half_way, np.inf), index
+    half_way = np.where(np.isnan(progress[:, 0]), np.nan, np.inf)
+    around = np.zeros((2, *half_way.shape), int)
+    last, last_index = progress[:, 0], np.zeros(half_way.shape, int)  # not empty
+    for index in range(1, len(steps)):
+        now = progress[:, index]
+        crosses = (last < 0.5) & (now >= 0.5)
+        part = (0.5 - last) / (now - last)
+        place = position[last_index] + part * (position[index] - position[last_index])
+        half_way[crosses] = 2 ** place[crosses] - 1
+        around[0][crosses] = np.array(steps)[last_index][crosses]
+        around[1][crosses] = steps[index]
+        last_index = np.where(np.isnan(now), last_index, index)
+        last = np.where(np.isnan(now), last, now)
+    return HalfWay(half_way, interval(half_way), around[:, 0])
 
 
-def tabulate(contributions: dict[str, np.ndarray], number: int, curve: Curve, steps: list[int]) -> None:
-    """Fills a curve's table: the columns of convergence.csv, float64 (steps, layers + 1) each, similarity and centred
-    with their intervals, (3, steps, layers + 1); the half-way step with its interval, (3, layers + 1), and with all
-    resamples, half_ways, (1 + resamples, layers + 1); and the index of the checkpoint before it, (layers + 1,).
+def tabulate(curve: Curve, weights: np.ndarray, found: dict, steps: list[int]) -> dict:
+    """Fills a curve's table: the columns of convergence.csv, (steps, layers + 1) each, centred and
+    composed with their intervals, (3, steps, layers + 1). Returns {measure: HalfWay}.
 
-    contributions: OF_TEXTS, (steps, layers + 1, texts), and OF_CURVES, (steps, layers + 1, curves).
+    weights: see resample. found: OF_TEXTS, OF_CURVES, float32 (steps, layers + 1, texts) each.
     """
-    weights = resample([text.token_ids[-1] for text in curve.texts], curve.tokens)
-    sums = {}  # each (1 + resamples, steps, layers + 1)
-    for name in ("similarity", "covariance", "variance"):
-        sums[name] = np.tensordot(weights, contributions[name][..., curve.rows], (1, 2))
-    counted = weights.sum(1)[:, None, None]
-    variance = np.where(sums["variance"] < 1e-8 * counted, np.nan, sums["variance"])  # equal states: rounding errors
-    centred = sums["covariance"] / np.sqrt(variance * variance[:, -1:])
-    table = curve.table
-    table["similarity"], table["centred"] = interval(sums["similarity"] / counted), interval(centred)
-    table["stability"] = contributions["stability"][..., curve.rows].mean(-1, dtype=np.float64)
-    for name in OF_CURVES:
-        table[name] = contributions[name][..., number].astype(np.float64)
-    if len(steps) > 1:
-        table["half_ways"], index_before = half_way_steps(centred, steps)
-        table["half_way"], table["index_before"] = interval(table["half_ways"]), index_before[0]
+    table, half_ways, variances = curve.table, {}, {}
+    for name in ("similarity", *OF_CURVES, "stability"):
+        table[name] = found[name][..., curve.rows].mean(-1, dtype=np.float64)
+    least = 1e-8 * weights.sum(1)[:, None, None]  # of a variance; less is rounding
+    for name, prefix in (("centred", ""), ("composed", "composed_")):
+        parts = [found[prefix + part][..., curve.rows] for part in ("covariance", "variance")]
+        covariance, variance = (np.tensordot(weights, part, (1, 2)) for part in parts)
+        variances[name] = np.where(variance < least, np.nan, variance)
+        values = covariance / np.sqrt(variances[name] * variances[name][:, -1:])
+        table[name] = interval(values)
+        if len(steps) > 1 and (name == "centred" or curve.references):
+            first = values[:, :1]
+            half_ways[name] = half_way_steps((values - first) / (1 - first), steps)
+    table["composed_share"] = variances["composed"][0] / variances["centred"][0]
+    return half_ways
 
 
-def find_contrasts(curves: list[Curve]) -> list[Contrast]:
-    """Every group against the smallest, carried; and in every group the words against the recombined strings."""
-    contrasts = []
-    for curve in curves:
-        for other in curves:
-            longer = curve.kind == other.kind == "carried" and curve.tokens > other.tokens == curves[0].tokens
-            words = curve.tokens == other.tokens and (curve.kind, other.kind) == ("word", "recombined")
-            if longer or words:
-                with np.errstate(invalid="ignore"):
-                    ratios = curve.table["half_ways"] / other.table["half_ways"]
-                contrasts.append(Contrast(curve, other, interval(np.where(np.isnan(ratios), np.inf, ratios))))
+def find_known(log_prob: Tensor, word: Curve, other: Curve, weights, steps: list[int]) -> tuple:
+    """What known.csv says of a group at each step, float64 (5, steps), and its half-way step.
+
+    log_prob: float32 (steps, texts). word, other: curves of its words and recombined strings.
+    """
+    of_words, of_others = log_prob[:, word.rows], log_prob[:, other.rows]
+    known = weights @ (of_words - of_others).T.astype(float) / weights.sum(1, keepdims=True)
+    means = [values.mean(1, dtype=np.float64) for values in (of_words, of_others)]
+    values = np.stack([*means, *interval(known)])
+    low, high = values[3:, -1]
+    first, last = known[:, :1], known[:, -1:] if low > 0 or high < 0 else math.nan
+    return values, half_way_steps(((known - first) / (last - first))[..., None], steps)
+
+
+def find_contrasts(half_ways: dict[tuple, HalfWay]) -> dict[tuple, np.ndarray]:
+    """{(tokens, contrast): (3, layers + 1)}, of half-way steps by (tokens, kind, measure)."""
+    contrasts = {}
+    shortest = min((tokens for tokens, _, _ in half_ways), default=0)
+    for tokens, (name, (above, below)) in product(GROUPS, CONTRASTS.items()):
+        to_shortest = name.endswith("shortest")
+        pair = [(tokens, *above), (shortest if to_shortest else tokens, *below)]
+        if set(pair) <= half_ways.keys() and not (to_shortest and tokens == shortest):
+            steps, others = (half_ways[key].resampled for key in pair)
+            ratio = interval(steps / others)  # NaN, and left out, where neither crosses
+            missing = np.isinf(steps[0]) | np.isinf(others[0])
+            contrasts[tokens, name] = np.where(missing, np.nan, ratio)
     return contrasts
+
+
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def write_csv(file: Path, header: str, rows: list[list]) -> None:
     """Writes a table. A number that is not defined is left empty."""
-    with written_whole(file, "x", encoding="utf-8", newline="") as stream:
+    with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(header.split(","))
         for row in rows:
-            cells = []
-            for value in row:
+            for column, value in enumerate(row):
                 if isinstance(value, float):
-                    value = f"{value:.6f}" if math.isfinite(value) else ""
-                cells.append(value)
-            writer.writerow(cells)
+                    row[column] = f"{value:.6f}" if math.isfinite(value) else ""
+            writer.writerow(row)
 
 
-def write_tables(results: Path, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> None:
-    rows, half_way_rows, contrast_rows, text_rows = [], [], [], []
+def write_tables(results, steps, texts, curves, known, half_ways, contrasts) -> None:
+    rows, known_rows, half_way_rows, contrast_rows = [], [], [], []
+    columns = "similarity,unrelated,centred,composed,composed_share,per_dimension,cka,stability"
     for curve in curves:
-        label, table = [curve.tokens, curve.kind], curve.table
-        for index, layer in np.ndindex(table["cka"].shape):
-            row = [*label, len(curve.texts), steps[index], layer]
-            for name in ("similarity", "unrelated", "centred", "cka", "stability"):  # with an interval: three columns
-                row += table[name][..., index, layer].flatten().tolist()
+        for index, layer in np.ndindex(curve.table["cka"].shape):
+            row = [curve.tokens, curve.kind, curve.count, steps[index], layer]
+            for name in columns.split(","):
+                values = curve.table[name][..., index, layer]
+                row += values.flatten().tolist()  # three with an interval
             rows.append(row)
-        for text in curve.texts:
-            frequency = "" if math.isnan(text.frequency) else str(text.frequency)
-            text_rows.append([*label, text.word, frequency, " ".join(map(str, text.token_ids))])
-        if "half_way" in table:
-            for layer, index in enumerate(table["index_before"]):
-                values = table["half_way"][:, layer]
-                bracket = steps[index : index + 2] if np.isfinite(values[0]) else ["", ""]
-                half_way_rows.append([*label, len(curve.texts), layer, *values, *bracket])
-    for curve, other, ratio in contrasts:
+    for tokens, values in known.items():
+        for step, row in zip(steps, values.T, strict=True):
+            known_rows.append([tokens, step, *row])
+    counts = {(curve.tokens, curve.kind): curve.count for curve in curves}
+    for (tokens, kind, measure), half_way in half_ways.items():
+        for layer, values in enumerate(half_way.values.T):
+            place = "" if measure == "known" else layer
+            around = ["", ""] if np.isnan(values[0]) else half_way.around[:, layer]
+            row = [tokens, kind, measure, counts[tokens, kind], place, *values, *around]
+            half_way_rows.append(row)
+    for (tokens, contrast), ratio in contrasts.items():
         for layer, values in enumerate(ratio.T):
-            contrast_rows.append([curve.tokens, curve.kind, f"{other.tokens} {other.kind}", layer, *values])
-    header = "tokens,kind,words,step,layer,similarity,similarity_low,similarity_high,unrelated"
-    write_csv(results / "convergence.csv", f"{header},centred,centred_low,centred_high,cka,stability", rows)
-    header = "tokens,kind,words,layer,half_way_step,low,high,step_before,step_after"
+            contrast_rows.append([tokens, contrast, layer, *values])
+    for name in ("centred", "composed"):
+        columns = columns.replace(f"{name},", f"{name},{name}_low,{name}_high,")
+    write_csv(results / "convergence.csv", f"tokens,kind,texts,step,layer,{columns}", rows)
+    write_csv(results / "known.csv", "tokens,step,word,recombined,known,low,high", known_rows)
+    header = "tokens,kind,curve,texts,layer,half_way_step,low,high,step_before,step_after"
     write_csv(results / "half_way.csv", header, half_way_rows)
-    write_csv(results / "contrasts.csv", "tokens,kind,against,layer,ratio,low,high", contrast_rows)
-    write_csv(results / "texts.csv", "tokens,kind,word,frequency,token_ids", text_rows)
+    write_csv(results / "contrasts.csv", "tokens,contrast,layer,ratio,low,high", contrast_rows)
+    rows = [[*text[:4], " ".join(map(str, text.token_ids))] for text in texts]
+    write_csv(results / "texts.csv", "tokens,kind,word,frequency,token_ids", rows)
 
 
-def printable(text: str) -> str:
-    """The text with an escape, such as \\u65e5, for each character that the figures' font has no glyph for."""
-    font = get_font(findfont(FontProperties()))
-    shown = (character if font.get_char_index(ord(character)) else ascii(character)[1:-1] for character in text)
-    return "".join(shown)
+# ---- figures -------------------------------------------------------------------------------------
+
+MEASURES = {  # of figures against training step: what is drawn, and the label of its axis
+    "centred": "centred: correlation",
+    "composed": "composed: correlation",
+    "similarity": "similarity: mean cosine",
+    "stability": "stability: cosine with the checkpoint before",
+}
 
 
-def name_step(step: int) -> str:
-    return f"{step // 1000}k" if step and step % 1000 == 0 else str(step)
-
-
-def name_layer(layers: int) -> str:
-    return f"layer (0 = token embedding, {layers} = after the final LayerNorm)"
-
-
-def scale_steps(axes: Axes, direction: str, steps: list[int]) -> None:
-    """Makes the "x" or "y" axis linear in log2(1 + step), with a label wherever there is room."""
-    axis, set_scale = (axes.xaxis, axes.set_xscale) if direction == "x" else (axes.yaxis, axes.set_yscale)
-    there, back = (lambda step: np.log2(1 + np.maximum(step, -0.5))), (lambda position: 2**position - 1)
-    set_scale("function", functions=(there, back))
-    positions = np.log2(1 + np.array(steps))
-    labelled = [len(steps) - 1]
-    for index in reversed(range(len(steps) - 1)):
-        if positions[labelled[-1]] - positions[index] >= np.ptp(positions) / 16:
-            labelled.append(index)
-    axis.set_ticks([steps[index] for index in labelled], [name_step(steps[index]) for index in labelled])
-    axis.set_ticks(steps, minor=True)
-
-
-def group_styles(curves: list[Curve]) -> dict[int, dict]:
-    """Colour, marker and label of each group, by its number of tokens."""
-    groups = sorted({curve.tokens for curve in curves})
-    colours = colormaps["viridis"](np.linspace(0, 0.85, len(groups)))
-    styles = {}
-    for tokens, colour, marker in zip(groups, colours, cycle("osD^vP*X"), strict=False):
-        styles[tokens] = {"color": colour, "marker": marker, "markersize": 4, "label": name_tokens(tokens)}
-    return styles
-
-
-def draw_line(axes: Axes, positions: list[int] | range, values: np.ndarray, style: dict) -> None:
-    """Draws an estimate and its interval: float64 (3, positions)."""
-    estimate, low, high = values
-    axes.plot(positions, estimate, **style)
-    axes.fill_between(positions, low, high, color=style["color"], alpha=0.25, linewidth=0)
-
-
-def draw_half_way(family: str, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> Figure:
-    """The half-way step against layer, a panel a kind, a line a group; beneath it the contrasts that there are."""
-    kinds = [kind for kind in KINDS if any(curve.kind == kind for curve in curves)]
-    questions = {
-        "carried": "Do words of more tokens settle later?\nAgainst the shortest words, all at one position",
-        "word": "Is it because they are words?\nWords against recombined strings",
-    }
-    asked = [kind for kind in questions if any(contrast.curve.kind == kind for contrast in contrasts)]
-    layers = curves[0].table["centred"].shape[-1] - 1
-    figure = Figure(figsize=(1.5 + 3.8 * max(len(kinds), 2), 8.5 if asked else 5.5), dpi=150, layout="constrained")
-    rows = figure.subfigures(2 if asked else 1, 1, squeeze=False, height_ratios=(3, 2) if asked else None)[:, 0]
-    panels = rows[0].subplots(1, len(kinds), squeeze=False, sharex=True, sharey=True)[0]
-    styles = group_styles(curves)
-    for curve in curves:
-        axes = panels[kinds.index(curve.kind)]
-        draw_line(axes, range(layers + 1), curve.table["half_way"], styles[curve.tokens])
-    for axes, kind in zip(panels, kinds, strict=True):
-        axes.hlines(steps, 0, layers, color="grey", linewidth=0.5, alpha=0.6, zorder=0)
-        axes.set_title(f"kind: {kind}")
-    bounds = np.stack([curve.table["half_way"] for curve in curves])
-    bounds = bounds[np.isfinite(bounds)].tolist()
-    first = max((step for step in steps if step <= min(bounds, default=0)), default=steps[0])
-    last = min((step for step in steps if step >= max(bounds, default=steps[-1])), default=steps[-1])
-    scale_steps(panels[0], "y", [step for step in steps if first <= step <= last])
-    panels[0].set_ylim(first, last)
-    panels[0].set_ylabel("half-way step (thin lines: checkpoints)")
-    panels[0].set_xticks(range(0, layers + 1, layers // 8 + 1))
-    if asked:
-        answers = rows[1].subplots(1, len(asked), squeeze=False, sharex=True, sharey=True)[0]
-        for curve, _, ratio in contrasts:
-            draw_line(answers[asked.index(curve.kind)], range(layers + 1), ratio, styles[curve.tokens])
-        for axes, kind in zip(answers, asked, strict=True):
-            axes.axhline(1, color="black", linewidth=0.8)
-            axes.set_title(questions[kind], fontsize="medium")
-            axes.grid(alpha=0.3)
-        answers[0].set_yscale("log")
-        answers[0].yaxis.set_major_locator(MaxNLocator(6))
-        answers[0].yaxis.set_major_formatter("{x:g}")
-        answers[0].yaxis.set_minor_formatter("")
-        answers[0].set_ylabel("ratio of half-way steps")
-        answers[0].set_xticks(range(0, layers + 1, layers // 8 + 1))
-    rows[-1].supxlabel(name_layer(layers), fontsize="medium")
-    title = f"{family}\nthe training step at which words have come halfway to their final representation"
-    figure.suptitle(title, parse_math=False)
-    handles = [Line2D([], [], **style) for style in styles.values()]
-    handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    return figure
-
-
-def draw_layer(family: str, steps: list[int], curves: list[Curve], layer: int) -> Figure:
-    """One layer, every group: centred, similarity with its floor, and stability against step; a column a kind."""
-    kinds = [kind for kind in KINDS if any(curve.kind == kind for curve in curves)]
-    layers = curves[0].table["centred"].shape[-1] - 1
-    width = 2 + 4.2 * len(kinds)
-    figure = Figure(figsize=(width, 8.5), dpi=100)
-    grid = {"left": 1 / width, "right": 1 - 0.2 / width, "bottom": 0.12, "top": 0.91}
-    grid |= {"hspace": 0.1, "wspace": 0.06, "height_ratios": (3, 3, 2)}
-    panels = figure.subplots(3, len(kinds), squeeze=False, sharex=True, sharey="row", gridspec_kw=grid)
-    styles = group_styles(curves)
-    for curve in curves:
-        style, column = styles[curve.tokens], panels[:, kinds.index(curve.kind)]
-        draw_line(column[0], steps, curve.table["centred"][..., layer], style)
-        draw_line(column[1], steps, curve.table["similarity"][..., layer], style)
-        column[1].plot(steps, curve.table["unrelated"][:, layer], color=style["color"], linestyle="--", linewidth=1)
-        column[2].plot(steps, curve.table["stability"][:, layer], **style)
-        column[0].set_title(f"kind: {curve.kind}", y=1)  # looking for a free y takes time
-        column[2].set_xlabel("training step")
-    panels[0, 0].set_ylabel("centred: correlation\nwith the final checkpoint")
-    panels[1, 0].set_ylabel("similarity: cosine\nto the final checkpoint")
-    panels[2, 0].set_ylabel("stability: cosine\nto the checkpoint before")
+def panels_of(title: str, rows: int, columns: int, **share) -> tuple[Figure, np.ndarray]:
+    """A figure with a title and a grid of panels: Axes (rows, columns)."""
+    size = (max(8, 2 + 4 * columns), max(5, 1.5 + 3 * rows))
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    figure.suptitle(title, fontsize="medium", linespacing=1.4)
+    panels = figure.subplots(rows, columns, squeeze=False, **share)
     for axes in panels.flat:
-        axes.grid(alpha=0.3)
-    scale_steps(panels[2, 0], "x", steps)
-    place = {0: " (token embedding)", layers: " (after the final LayerNorm)"}.get(layer, "")
-    figure.suptitle(f"{family}: layer {layer} of {layers}{place}, towards step {steps[-1]}", parse_math=False)
-    handles = [Line2D([], [], **style) for style in styles.values()]
-    handles.append(Line2D([], [], color="grey", linestyle="--", linewidth=1, label="unrelated texts (floor)"))
-    handles.append(Patch(color="grey", alpha=0.3, linewidth=0, label="95 % interval over last tokens"))
-    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 3 * len(kinds)))
-    return figure
+        axes.grid(alpha=0.3, which="both")
+    return figure, panels
 
 
-def draw_group(family: str, steps: list[int], curve: Curve) -> Figure:
-    """One group: centred and similarity against step, a line a layer."""
-    layers = curve.table["centred"].shape[-1] - 1
-    colours = colormaps["viridis"].resampled(layers + 1)
-    labels = {"centred": "correlation with the final checkpoint", "similarity": "cosine to the final checkpoint"}
-    figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True)
-    for axes, (name, label) in zip(panels, labels.items(), strict=True):
-        for layer in range(layers + 1):
-            axes.plot(steps, curve.table[name][0, :, layer], marker=".", color=colours(layer))
-        axes.grid(alpha=0.3)
-        axes.set_xlabel("training step")
-        axes.set_ylabel(f"{name}: {label}")
-    scale_steps(panels[0], "x", steps)
-    title = f"{family}: {len(curve.texts)} words of {name_tokens(curve.tokens)}, towards step {steps[-1]}"
-    figure.suptitle(f"{title} (kind: {curve.kind})", parse_math=False)
-    scale = ScalarMappable(BoundaryNorm(np.arange(-0.5, layers + 1), layers + 1), colours)
-    figure.colorbar(scale, ax=panels, ticks=range(0, layers + 1, layers // 10 + 1), label=name_layer(layers))
-    return figure
+def mark_steps(axis, steps: list[int]) -> None:
+    """An axis on which log(1 + step) is drawn gets a line at each step, a label where it fits."""
+    places = np.log1p(steps)
+    low, high = axis.get_view_interval()
+    first, last = np.searchsorted(places, low, "right") - 1, np.searchsorted(places, high)
+    steps = steps[max(first, 0) : last + 1]  # those in sight, and the next on either side
+    labelled = steps[-1:]
+    for step in reversed(steps):
+        if np.log1p(labelled[-1]) - np.log1p(step) > (high - low) / 12:
+            labelled.append(step)
+    axis.set_ticks(np.log1p(steps), minor=True)
+    axis.set_ticks(np.log1p(labelled), labelled)
 
 
-def draw_overview(family: str, steps: list[int], curves: list[Curve]) -> Figure:
-    """Centred of each group as a heat map of layers by steps."""
-    layers = curves[0].table["centred"].shape[-1] - 1
-    figure = Figure(figsize=(2 + 3.5 * len(curves), 5), dpi=110, layout="constrained")
-    panels = figure.subplots(1, len(curves), squeeze=False, sharex=True, sharey=True)[0]
-    lowest = min(0, *(np.nanmin(curve.table["centred"][0]) for curve in curves))
-    for axes, curve in zip(panels, curves, strict=True):
-        image = axes.imshow(curve.table["centred"][0].T, vmin=lowest, vmax=1, origin="lower", aspect="auto")
-        axes.set_title(f"{name_tokens(curve.tokens)} ({len(curve.texts)} words)")
-    labelled = range(len(steps) - 1, -1, -(len(steps) // 9 + 1))
-    panels[0].set_xticks(labelled, [name_step(steps[index]) for index in labelled])
-    panels[0].set_yticks(range(0, layers + 1, layers // 10 + 1))
-    figure.supxlabel("training step", fontsize="medium")
-    figure.supylabel(name_layer(layers), fontsize="medium")
-    figure.colorbar(image, ax=panels, label="centred: correlation with the final checkpoint")
-    figure.suptitle(f"{family}: centred, towards step {steps[-1]} (kind: {curves[0].kind})", parse_math=False)
-    return figure
+def style_of(tokens: int) -> dict:
+    """Colour and marker of a group."""
+    place = GROUPS.index(tokens)
+    colour = matplotlib.colormaps["viridis"](0.85 * place / max(1, len(GROUPS) - 1))
+    return {"color": colour, "marker": "osD^vP*X"[place % 8], "markersize": 4}
 
 
-def draw_figures(results: Path, steps: list[int], curves: list[Curve], contrasts: list[Contrast]) -> list[str]:
-    """Draws all figures. Returns the names of their files."""
-    family = printable(results.name)
-    kinds = {curve.kind for curve in curves}
-    shown = [curve for curve in curves if curve.kind == ("word" if "word" in kinds else curves[0].kind)]
-    figures = {"overview.png": partial(draw_overview, family, steps, shown)}
+def draw_line(axes, x, values, label: str, **style) -> None:
+    """Draws an estimate and its interval, float64 (3, len(x))."""
+    axes.plot(x, values[0], label=label, **style)
+    axes.fill_between(x, values[1], values[2], color=style["color"], alpha=0.2, linewidth=0)
+
+
+def draw_ratios(axes, contrast: str, x, ratio, tokens: int) -> None:
+    draw_line(axes, x, ratio, f"{tokens}-token words", **style_of(tokens))
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_title(f"half-way steps: {contrast}", fontsize="medium")
+
+
+def finish(figure: Figure, axes, label: str, file: Path) -> None:
+    """Saves a figure with the label of its x-axes, and a legend of what axes shows."""
+    figure.supxlabel(label, fontsize="medium")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside center right")
+    figure.savefig(file)
+
+
+def draw_known(results: Path, steps: list[int], known: dict, half_ways: dict) -> None:
+    title = f"{results.name}:\nby how much the model expects words more than recombined strings\n"
+    figure, panels = panels_of(title + "(bands: 95 % intervals; dashed: half-way steps)", 1, 1)
+    axes = panels[0, 0]
+    for tokens, values in known.items():
+        style = style_of(tokens)
+        draw_line(axes, np.log1p(steps), values[2:], f"{tokens}-token words", **style)
+        half_way = np.log1p(half_ways[tokens, "word", "known"].values[0, 0])
+        axes.axvline(half_way, color=style["color"], linestyle="--", linewidth=1)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylabel("known: nats, of the last token")
+    mark_steps(axes.xaxis, steps)
+    finish(figure, axes, "training step", results / "known.png")
+
+
+def draw_half_way(results: Path, steps: list[int], half_ways: dict, contrasts: dict) -> None:
+    """The half-way step against layer, a column a measure; beneath it the contrasts."""
+    title = f"{results.name}: when words have come halfway to their final representation\n"
+    title += "(bands: 95 % intervals over last tokens; lines across: checkpoints; dashed: known)"
+    figure, panels = panels_of(title, 3, 2, sharex=True)
+    columns = [("centred", "alone"), ("composed", "recombined")]
+    for axes, (measure, other_kind) in zip(panels[0], columns, strict=True):
+        axes.set_title(f"{measure} (thin: {other_kind})", fontsize="medium")
+        for (tokens, kind, of), half_way in half_ways.items():
+            style, places = style_of(tokens), np.log1p(half_way.values)
+            if of == "known":
+                axes.axhline(places[0, 0], color=style["color"], linestyle="--", linewidth=1)
+            elif (kind, of) == ("word", measure):
+                draw_line(axes, range(places.shape[1]), places, f"{tokens}-token words", **style)
+            elif (kind, of) == (other_kind, measure):
+                axes.plot(places[0], color=style["color"], linewidth=0.8)
+        mark_steps(axes.yaxis, steps)
+    for (tokens, contrast), ratio in contrasts.items():
+        axes = panels[1:].flat[list(CONTRASTS).index(contrast)]
+        draw_ratios(axes, contrast, range(ratio.shape[1]), ratio, tokens)
+    for axes in panels.flat:
+        if not axes.lines:
+            axes.set_axis_off()
+    panels[0, 0].set_ylabel("half-way step")
+    finish(figure, panels[0, 0], LAYER_LABEL, results / "half_way.png")
+
+
+def draw_curves(file: Path, title: str, steps: list[int], names: list[str], lines: list) -> None:
+    """Measures against step, a panel each. lines: (label, style, curve, layer) each."""
+    title += f", towards step {steps[-1]}\n(bands: 95 % intervals; dotted: unrelated texts)"
+    shape = (2, 2) if len(names) == 4 else (1, len(names))
+    figure, panels = panels_of(title, *shape, sharex=True)
+    for axes, name in zip(panels.flat, names, strict=True):
+        axes.set_ylabel(MEASURES[name])
+        for label, style, curve, layer in lines:
+            values = np.broadcast_to(curve.table[name][..., layer], (3, len(steps)))
+            draw_line(axes, np.log1p(steps), values, label, **style)
+            if name == "similarity":
+                floor = curve.table["unrelated"][:, layer]
+                axes.plot(np.log1p(steps), floor, ":", color=style["color"])
+    mark_steps(panels[0, 0].xaxis, steps)
+    finish(figure, panels[0, 0], "training step", file)
+
+
+def draw_figures(results, steps, curves, known, half_ways, contrasts) -> None:
+    for file in results.iterdir():  # of an earlier run with other groups or layers
+        if re.fullmatch(r"(known|half_way|layer_\d\d|group_\d+_tokens)\.png", file.name):
+            file.unlink()
+    if known:
+        draw_known(results, steps, known, half_ways)
     if len(steps) > 1:
-        figures["half_way.png"] = partial(draw_half_way, family, steps, curves, contrasts)
-    for layer in range(curves[0].table["centred"].shape[-1]):
-        figures[f"layer_{layer:02d}.png"] = partial(draw_layer, family, steps, curves, layer)
+        draw_half_way(results, steps, half_ways, contrasts)
+    shown = [curve for curve in curves if curve.kind == curves[0].kind]
+    layers = range(curves[0].table["cka"].shape[1])
     for curve in shown:
-        figures[f"group_{curve.tokens}_tokens.png"] = partial(draw_group, family, steps, curve)
-    for name, draw in tqdm(figures.items(), desc="figures", unit="figure"):
-        with written_whole(results / name, "xb") as stream:
-            draw().savefig(stream)
-    return list(figures)
+        lines = []
+        for layer in layers:
+            style = {"color": matplotlib.colormaps["viridis"](layer / layers[-1]), "marker": "."}
+            lines.append((f"layer {layer}", style, curve, layer))
+        names = ["similarity", "centred", "composed"][: 3 if curve.references else 2]
+        title = f"{results.name}: {curve.count} {curve.tokens}-token texts, kind {curve.kind}"
+        draw_curves(results / f"group_{curve.tokens}_tokens.png", title, steps, names, lines)
+    for layer in tqdm(layers, desc="figures", unit="layer"):
+        lines = []
+        for curve in shown:
+            lines.append((f"{curve.tokens}-token words", style_of(curve.tokens), curve, layer))
+        title = f"{results.name}: layer {layer} of {layers[-1]}, kind {shown[0].kind}"
+        draw_curves(results / f"layer_{layer:02d}.png", title, steps, list(MEASURES), lines)
 
 
-def say_answer(curves: list[Curve], contrasts: list[Contrast]) -> None:
-    """Says the half-way steps in the first, the middle and the last layer, and the contrasts in the middle."""
-    layers = curves[0].table["centred"].shape[-1] - 1
-    middle = (layers + 1) // 2
-    shown = sorted({0, middle, layers})
-    say("half-way step [95 % interval]" + "".join(f"{f'layer {layer}':>24}" for layer in shown))
-    for curve in curves:
-        line = f"  {name_tokens(curve.tokens):9} {curve.kind:17}"
-        for layer in shown:
-            half_way, low, high = curve.table["half_way"][:, layer]
-            cell = f"{half_way:.0f} [{low:.0f}, {high:.0f}]" if np.isfinite(half_way) else "none"
+def write_families(found: dict[str, dict]) -> None:
+    """families.csv and families.png, from {family: {(contrast, tokens): a value a layer}}.
+
+    A layer of the first family is compared with those nearest to it in depth, 0 only with 0.
+    """
+    rows = []
+    for (contrast, tokens), first in next(iter(found.values())).items():
+        for layer in range(len(first)):
+            values = []
+            for compared in found.values():
+                of_layers, nearest = compared.get((contrast, tokens), [math.nan]), 0
+                if layer > 0 and len(of_layers) > 1:  # in whole numbers: ties go to the lower
+                    depths = np.arange(1, len(of_layers)) * (len(first) - 1)
+                    nearest = 1 + int(np.abs(depths - layer * (len(of_layers) - 1)).argmin())
+                values.append(float(of_layers[nearest]))
+            summary = [np.nanmedian(values), np.nanmin(values), np.nanmax(values)]
+            place = "" if contrast == "known" else layer
+            rows.append([contrast, tokens, place, np.isfinite(values).sum(), *summary, *values])
+    figure, panels = panels_of("median of families, lowest to highest", 2, 2, sharex=True)
+    for (contrast, axes), tokens in product(zip(CONTRASTS, panels.flat, strict=True), GROUPS):
+        own = [row for row in rows if row[:2] == [contrast, tokens]]
+        if own:
+            ratio = np.array([row[4:7] for row in own]).T
+            draw_ratios(axes, contrast, range(len(own)), ratio, tokens)
+    finish(figure, panels[0, 0], LAYER_LABEL, HERE / RESULTS_DIR / "families.png")
+    header = "contrast,tokens,layer,families,median,lowest,highest," + ",".join(found)
+    write_csv(HERE / RESULTS_DIR / "families.csv", header, rows)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def prepare(family: Path) -> tuple[dict[int, Path], list[Text], list[Curve], tuple[int, ...]]:
+    """A family's checkpoints, its texts, their curves, and the token ids before every text."""
+    checkpoints = find_checkpoints(family)
+    check_checkpoints(checkpoints)
+    final, tokenizers = checkpoints[max(checkpoints)], {}
+    for folder in checkpoints.values():
+        with blame(folder / "tokenizer.json"):
+            tokenizers[folder] = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizers[folder].no_padding()
+        tokenizers[folder].no_truncation()
+    start = (tokenizers[final].token_to_id(BOS),) if PREPEND_BOS else ()
+    assert None not in start, f"{final} has no token {BOS}: change BOS, or PREPEND_BOS = False"
+    with blame(HERE / WORDS_FILE):
+        words = read_words(HERE / WORDS_FILE)
+    texts, curves = choose_texts(words, tokenizers[final])
+    drawn = [CARRIER, *sorted({text.word for text in texts if not math.isnan(text.frequency)})]
+    expected = encode_words(drawn, tokenizers[final])
+    for folder, tokenizer in tokenizers.items():  # what they do: libraries write them differently
+        for word, ids, others in zip(drawn, expected, encode_words(drawn, tokenizer), strict=True):
+            reading = f"{word!r} is {list(others)}, in {final.name} {list(ids)}"
+            assert ids == others, f"{folder}: its tokenizer is another: {reading}"
+    longest = len(start) + max(len(text.token_ids) for text in texts)
+    config = AutoConfig.from_pretrained(final, local_files_only=True)
+    most = getattr(config, "max_position_embeddings", math.inf)
+    assert longest <= most, f"{family} reads {most} tokens, a text has {longest}: shorten it"
+    return checkpoints, texts, curves, start
+
+
+def print_answer(layers: int, known: dict, half_ways: dict, contrasts: dict) -> None:
+    """`known`; half-way steps in the first, middle and last layer; contrasts in the middle one."""
+    shown = sorted({0, layers // 2, layers - 1})
+    print0("half-way step [95 % interval]" + "".join(f"{f'layer {layer}':>24}" for layer in shown))
+    for (tokens, kind, measure), half_way in half_ways.items():
+        line = f"  {f'{tokens}-token words, {measure}':27}"
+        for layer in shown if measure != "known" else [0]:
+            step, low, high = half_way.values[:, layer]
+            cell = "none" if np.isnan(step) else f"{step:.0f} [{low:.0f}, {high:.0f}]"
             line += f"{cell:>24}"
-        say(line)
-    if contrasts:
-        say(f"ratio of half-way steps [95 % interval] in layer {middle}")
-    for curve, other, ratio in contrasts:
-        estimate, low, high = ratio[:, middle]
-        verdict = "no difference shown"
-        if low > 1:
-            verdict = "later"
-        elif high < 1:
-            verdict = "earlier"
-        elif np.isnan([low, high]).any():
-            verdict = "no interval"
-        names = f"{name_tokens(curve.tokens)} {curve.kind} over {name_tokens(other.tokens)} {other.kind}"
-        say(f"  {names:40} {estimate:.2f} [{low:.2f}, {high:.2f}]: {verdict}")
+        if measure == "known":
+            value, low, high = known[tokens][2:, -1]
+            line += f"      of {value:.2f} nats [{low:.2f}, {high:.2f}] at the end"
+        if kind == "word":
+            print0(line)
+    print0(f"ratio of half-way steps in layer {layers // 2} [95 % interval; with 1: none shown]")
+    for (tokens, contrast), ratio in contrasts.items():
+        value, low, high = ratio[:, layers // 2]
+        print0(f"  {f'{tokens}-token {contrast}':40} {value:.2f} [{low:.2f}, {high:.2f}]")
+
+
+def analyse(family: Path, plan: tuple, device: torch.device) -> dict[tuple, np.ndarray]:
+    """Measures a family and writes its results. Returns what families are compared by."""
+    checkpoints, texts, curves, start = plan
+    steps, results = list(checkpoints), HERE / RESULTS_DIR / family.name
+    (results / "kept").mkdir(parents=True, exist_ok=True)
+    owner = results / "kept" / "family.txt"
+    name = owner.read_text(encoding="utf-8") if owner.exists() else str(family)
+    assert name == str(family), f"{results} holds the results of {name}: rename one of the families"
+    owner.write_text(str(family), encoding="utf-8")
+    labels = [(curve.tokens, curve.kind, curve.count) for curve in curves]
+    inputs = [labels, start, [text.token_ids for text in texts], DTYPE, device.type, BATCH_TOKENS]
+    files = kept_files(results / "kept", checkpoints, inputs)
+    missing = [step for step in steps if not files[step].exists()]
+    frequencies = [text.frequency for text in texts if not math.isnan(text.frequency)] or [math.nan]
+    print0(f"family   {family}")
+    print0(f"steps    {', '.join(map(str, steps))} ({len(missing)} of {len(steps)} to measure)")
+    read = ", ".join(f"{count} {tokens}-token {kind}" for tokens, kind, count in labels)
+    print0(f"texts    {read}; frequencies {min(frequencies):g} to {max(frequencies):g}")
+    print0(f"device   {device}, {DTYPE}" + (f", {RANKS} ranks" if RANKS > 1 else ""))
+    share = steps[len(steps) * RANK // RANKS : len(steps) * (RANK + 1) // RANKS]  # neighbours
+    share = {step: files[step] for step in share if step in missing}
+    if share:
+        measure(checkpoints, share, texts, start, curves, device)
+    if RANKS > 1:
+        torch.distributed.barrier()
+    if RANK > 0:
+        return {}
+    kept = [np.load(files[step]) for step in steps]
+    names = ("log_prob", *OF_TEXTS, *OF_CURVES)
+    found = {name: np.stack([arrays[name] for arrays in kept]) for name in names}
+    of_curves = ~np.isnan(found["similarity"][0, 0])  # references have none
+    warn_of_copies(steps, found["similarity"][..., of_curves])
+    layers = found["cka"].shape[1]
+    half_ways, known, of_kind = {}, {}, {(curve.tokens, curve.kind): curve for curve in curves}
+    for curve in curves:
+        weights = resample([text.token_ids[-1] for text in texts[curve.rows]], curve.tokens)
+        for name, half_way in tabulate(curve, weights, found, steps).items():
+            half_ways[curve.tokens, curve.kind, name] = half_way
+        other = of_kind.get((curve.tokens, "recombined"))
+        if curve.kind == "word" and other:
+            values, half_way = find_known(found["log_prob"], curve, other, weights, steps)
+            known[curve.tokens], half_ways[curve.tokens, "word", "known"] = values, half_way
+    contrasts = find_contrasts(half_ways)
+    write_tables(results, steps, texts, curves, known, half_ways, contrasts)
+    draw_figures(results, steps, curves, known, half_ways, contrasts)
+    if len(steps) > 1:
+        print_answer(layers, known, half_ways, contrasts)
+    print0(f"results  {results}")
+    compared = {(name, tokens): ratio[0] for (tokens, name), ratio in contrasts.items()}
+    of_known = {("known", tokens): half_ways[tokens, "word", "known"].values[0] for tokens in known}
+    return compared | of_known
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("family", nargs="?", help="folder of checkpoints [CHECKPOINTS_DIR, beside this script]")
-    arguments, unknown = parser.parse_known_args()
-    if unknown:
-        raise Problem(f"unrecognized arguments: {' '.join(unknown)}")
-    check_settings()
-    device = choose_device()
-    family = find_family(arguments.family or str(HERE / CHECKPOINTS_DIR))
-    checkpoints = find_checkpoints(family)
-    config, tokenizer, fingerprints = read_family(checkpoints)
-    curves = choose_curves(read_words(), tokenizer)
-    texts = [text for curve in curves for text in curve.texts]
-    start = (tokenizer.token_to_id(BOS),) if PREPEND_BOS else ()
-    sequences = [start + text.token_ids for text in texts]
-    longest, positions = max(sequences, key=len), config.max_position_embeddings
-    if len(longest) > positions:
-        fault = f"{tokenizer.decode(longest)!r:.60} has {len(longest)} tokens, the model {positions} positions"
-        raise Problem(f"{fault}: change GROUPS or CARRIER")
-    results, earlier_figures = open_results(family)
-
-    steps = list(checkpoints)
-    shapes = dict.fromkeys(OF_TEXTS, (config.num_hidden_layers + 1, len(texts)))
-    shapes |= dict.fromkeys(OF_CURVES, (config.num_hidden_layers + 1, len(curves)))
-    labels = [(curve.tokens, curve.kind, len(curve.texts)) for curve in curves]
-    inputs = [labels, sequences, DTYPE, device.type, BATCH_TOKENS, config.to_json_string()]
-    keys = contribution_keys(checkpoints, fingerprints, inputs)
-    files = {step: results / "kept" / f"step{step}-{key}.npz" for step, key in keys.items()}
-    missing = {step: file for step, file in files.items() if read_kept(file, shapes) is None}
-    for file in (results / "kept").iterdir():
-        if RANK == 0 and re.fullmatch(r"step\d+-[0-9a-f]{16}\.npz", file.name) and file not in files.values():
-            file.unlink(missing_ok=True)
+    parser.add_argument("families", metavar="FAMILY", nargs="*", default=[CHECKPOINTS_DIR])
+    kinds = ("word", "recombined", "alone")
+    assert KINDS and set(KINDS) <= set(kinds), f"KINDS = {KINDS!r}: expected some of {kinds}"
+    assert isinstance(GROUPS, tuple) and GROUPS, f"GROUPS = {GROUPS!r}: expected as (1, 2, 3)"
+    assert DTYPE in ("float32", "bfloat16", "float16"), f"DTYPE = {DTYPE!r} is not one of three"
+    least = min(MIN_GROUP_SIZE, WORDS_PER_GROUP or 4)
+    assert least >= 4, "MIN_GROUP_SIZE and WORDS_PER_GROUP: expected 4 or more"
+    assert LEADING_SPACE or not CARRIER, 'LEADING_SPACE = False needs CARRIER = ""'
+    families = []
+    for name in parser.parse_args().families:
+        families.append((Path(name) if Path(name).is_dir() else HERE / name).resolve())
+    names = [family.name for family in families]
+    assert len(set(names)) == len(names), f"two families of one name, {names}: rename one"
+    with blame(f"DEVICE = {DEVICE!r}"):
+        device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        device = device if DEVICE == "auto" else torch.device(DEVICE)
+        if RANKS > 1 and device == torch.device("cuda"):
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=device)
+    plans = {family: prepare(family) for family in families}
     if RANKS > 1:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # ranks may end hours apart
-        seen = [None] * RANKS
-        torch.distributed.all_gather_object(seen, (missing, keys))
-        if any(other_keys != keys for _, other_keys in seen):
-            raise Problem("the ranks differ in script, inputs, checkpoints or libraries: make them the same")
-        missing, _ = seen[0]  # what the first of them misses
-    say(f"family   {family}")
-    say(f"steps    {', '.join(map(name_step, steps))} ({len(missing)} of {len(steps)} to measure)")
-    groups = {curve.tokens: len(curve.texts) for curve in curves}
-    frequencies = [text.frequency for text in texts if not math.isnan(text.frequency)] or [math.nan]
-    say(f"words    {', '.join(f'{count} of {name_tokens(tokens)}' for tokens, count in groups.items())}")
-    say(f"texts    {len(texts)}, kinds {', '.join(KINDS)}, frequencies {min(frequencies):g} to {max(frequencies):g}")
-    say(f"device   {device}, {DTYPE}" + (f", {RANKS} ranks" if RANKS > 1 else ""))
-    # neighbours to a rank, since stability needs the checkpoint before
-    share = dict(np.array_split(list(missing.items()), RANKS)[RANK])
-    if share:
-        measure(checkpoints, share, sequences, curves, config, device)
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=365))  # to wait
+    found = {family.name: analyse(family, plan, device) for family, plan in plans.items()}
     if RANKS > 1:
-        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    if RANK > 0:
-        return
-
-    kept = [read_kept(file, shapes) for file in files.values()]
-    if None in kept:
-        raise Problem(f"{results / 'kept'} changed during the run: run again")
-    contributions = {name: np.stack([contribution[name] for contribution in kept]) for name in shapes}
-    warn_of_copies(steps, contributions["similarity"])
-    for number, curve in enumerate(curves):
-        tabulate(contributions, number, curve, steps)
-    contrasts = find_contrasts(curves) if len(steps) > 1 else []
-    write_tables(results, steps, curves, contrasts)
-    tokens, kinds, counts = zip(*labels, strict=True)
-    arrays = {"words": [text.word for text in texts], "tokens": np.repeat(tokens, counts)}
-    arrays |= {"kind": np.repeat(kinds, counts), "frequency": [float(text.frequency) for text in texts]}
-    arrays |= {"steps": steps, "similarity": contributions["similarity"]}
-    write_arrays(results / "similarities.npz", arrays)
-    figures = draw_figures(results, steps, curves, contrasts)
-    for name in set(earlier_figures) - set(figures):
-        (results / name).unlink(missing_ok=True)
-    record_run(results, family, figures)
-    if len(steps) > 1:
-        say_answer(curves, contrasts)
-    else:
-        warn("a family of one checkpoint has no half-way steps")
-    say(f"results  {results}")
+    if RANK == 0 and len(found) > 1:
+        write_families(found)
+        print0(f"families {HERE / RESULTS_DIR / 'families.csv'}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, usual_handler)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a name gets an escape
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    matplotlib.rcdefaults()  # figures do not depend on a user's matplotlibrc
+    np.seterr(invalid="ignore", divide="ignore")  # NaN is an answer: not defined
+    warnings.filterwarnings("ignore", "All-NaN")
     try:
         with torch.inference_mode():
             main()
     except KeyboardInterrupt:
-        print("interrupted: what was measured is kept, and the next run continues from there", file=sys.stderr)
+        print("interrupted: what was measured is kept", file=sys.stderr)
         sys.exit(130)
-    except (Problem, OSError, MemoryError, RuntimeError) as error:
-        problem = reason(error)
-        if isinstance(error, RuntimeError) and "memory" not in problem:  # torch's errors of memory are RuntimeErrors
-            raise
-        if isinstance(error, OSError):
-            problem += "; make room, check permissions, or set another RESULTS_DIR; what was measured is kept"
-        elif not isinstance(error, Problem):
-            problem += "; lower BATCH_TOKENS, WORDS_PER_GROUP or BOOTSTRAP_RESAMPLES; what was measured is kept"
-        print(f"error: {plain(problem)}", file=sys.stderr)
+    except (AssertionError, OSError, MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError) or "memory" in str(error)
+        if isinstance(error, RuntimeError) and not memory:
+            raise  # a fault of your own edit
+        advice = "; out of memory: lower BATCH_TOKENS" if memory else ""
+        print(f"error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         sys.exit(2)

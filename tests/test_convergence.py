@@ -1,283 +1,149 @@
-"""token_convergence_analysis.py, run as a user runs it on small families, against a naive computation."""
+"""token_convergence_analysis.py, run as a user runs it, against plain loops and planted truths."""
 
-import csv
-import itertools
 import json
 import math
 import os
 import re
 import shutil
-import subprocess
-import sys
-import unicodedata
+import time
 from collections import Counter
-from collections.abc import Iterable
+from fractions import Fraction
 from functools import cache
+from itertools import pairwise, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from miniature import TOKENIZER_FILE
+import transformers as tf
+from helpers import (
+    ALL_WORDS,
+    WORDS,
+    Run,
+    assert_intervals,
+    bounds_of,
+    edit,
+    error_line,
+    good_run,
+    gpt_neox_tokenizer,
+    link,
+    naive_read,
+    naive_resamples,
+    number,
+    place,
+    random_family,
+    read_csv,
+    run,
+    save_checkpoint,
+    start,
+    token_ids,
+    write,
+)
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from transformers import GPTNeoXForCausalLM
+from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).resolve().parents[1] / "token_convergence_analysis.py"
-WORDS_FILE = SCRIPT.with_name("words_list.json")
-ALL_WORDS = json.loads(WORDS_FILE.read_text(encoding="utf-8"))
-STEPS = [0, 1, 2, 4, 8, 16, 32]
-GROUPS = [1, 2, 3, 4]
-KINDS = ["word", "recombined", "carried"]
-CURVES = [(tokens, kind) for tokens in GROUPS for kind in KINDS if (tokens, kind) != (1, "recombined")]
-LAYERS = 7  # with the token embedding
-WORDS = 24  # in a group
-INTERVALS = ["similarity", "similarity_low", "similarity_high", "centred", "centred_low", "centred_high"]
-COLUMNS = [*INTERVALS[:3], "unrelated", *INTERVALS[3:], "cka", "stability"]
-HEADER = ["tokens", "kind", "words", "step", "layer", *COLUMNS]
-HALF_WAY_HEADER = "tokens,kind,words,layer,half_way_step,low,high,step_before,step_after"
-TABLES = ("convergence.csv", "half_way.csv", "contrasts.csv", "texts.csv")
-ONE_TOKEN = ["time", "people", "way", "day", "man", "woman", "life", "child", "world", "school", "state", "family"]
-EASY = dict.fromkeys(ONE_TOKEN, 1)
-
-
-def number(cell: str) -> float:
-    return float(cell or "nan")
-
-
-def read_csv(file: Path) -> list[dict[str, str]]:
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+SIZE = 24  # words of a group
+STEPS = [0, 1, 4, 16, 64]
+CARRIER = token_ids("The next word that you will find on this page of the list is", False)
+BOS = 0  # <|endoftext|>
+KEYS = {  # columns that say what a row is about
+    "convergence.csv": ("tokens", "kind", "step", "layer"),
+    "known.csv": ("tokens", "step"),
+    "half_way.csv": ("tokens", "kind", "curve", "layer"),
+    "contrasts.csv": ("tokens", "contrast", "layer"),
+    "families.csv": ("contrast", "tokens", "layer"),
+}
+TABLES = ["texts.csv", *KEYS][:5]  # of one family
+CONTRASTS = {  # kind and measure of the half-way steps above and below
+    "word / shortest": ("word", "centred", "word", "centred"),
+    "last token / shortest": ("alone", "centred", "word", "centred"),
+    "word / last token": ("word", "centred", "alone", "centred"),
+    "composed / recombined": ("word", "composed", "recombined", "composed"),
+}
 
 
 class Text(NamedTuple):
     word: str
     frequency: float
-    token_ids: list[int]  # after <|endoftext|>
+    token_ids: list[int]  # after BOS
 
 
-class Run(NamedTuple):
-    code: int
-    out: str
-    err: str
-    results: Path
-
-    def to_measure(self) -> int:
-        return int(re.search(r"\((\d+) of \d+ to measure\)", self.out)[1])
-
-    def warnings(self) -> list[str]:
-        return [line.removeprefix("warning: ") for line in self.err.splitlines() if "warning" in line.lower()]
-
-    def rows(self) -> dict[tuple[int, str, int, int], dict[str, float]]:
-        """{(tokens, kind, step, layer): {column: value}} of convergence.csv; an empty value is NaN."""
-        rows = {}
-        for line in read_csv(self.results / "convergence.csv"):
-            key = (int(line["tokens"]), line["kind"], int(line["step"]), int(line["layer"]))
-            rows[key] = {name: number(line[name]) for name in COLUMNS}
-        return rows
-
-    def half_way(self) -> dict[tuple[int, str, int], dict[str, float]]:
-        """{(tokens, kind, layer): {column: value}} of half_way.csv."""
-        rows = {}
-        for line in read_csv(self.results / "half_way.csv"):
-            key = (int(line["tokens"]), line["kind"], int(line["layer"]))
-            rows[key] = {name: number(line[name]) for name in HALF_WAY_HEADER.split(",")[4:]}
-        return rows
-
-    def contrasts(self) -> dict[tuple[int, str, str, int], dict[str, float]]:
-        """{(tokens, kind, against, layer): {column: value}} of contrasts.csv."""
-        rows = {}
-        for line in read_csv(self.results / "contrasts.csv"):
-            key = (int(line["tokens"]), line["kind"], line["against"], int(line["layer"]))
-            rows[key] = {name: number(line[name]) for name in ("ratio", "low", "high")}
-        return rows
-
-    def texts(self) -> dict[tuple[int, str], list[Text]]:
-        """The texts of each curve, {(tokens, kind): texts}, of texts.csv."""
-        curves = {}
-        for line in read_csv(self.results / "texts.csv"):
-            ids = [int(token) for token in line["token_ids"].split()]
-            text = Text(line["word"], number(line["frequency"]), ids)
-            curves.setdefault((int(line["tokens"]), line["kind"]), []).append(text)
-        return curves
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        with np.load(self.results / "similarities.npz") as arrays:
-            return dict(arrays)
-
-    def kept(self) -> dict[str, int]:
-        """{name: time at which it was written} of the contributions."""
-        return {file.name: file.stat().st_mtime_ns for file in (self.results / "kept").glob("step*.npz")}
-
-    def tables(self) -> list[bytes]:
-        return [(self.results / name).read_bytes() for name in TABLES]
+def read_texts(results: Path) -> dict[tuple[int, str], list[Text]]:
+    texts = {}
+    for row in read_csv(results / "texts.csv"):
+        ids = [int(token) for token in row["token_ids"].split()]
+        text = Text(row["word"], number(row["frequency"]), ids)
+        texts.setdefault((int(row["tokens"]), row["kind"]), []).append(text)
+    return texts
 
 
-def place(folder: Path, words: object = None, **settings: object) -> Path:
-    """Puts a copy of the script, with some constants set, and a words file into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(SCRIPT, folder / SCRIPT.name)
-    for name, value in ({"WORDS_PER_GROUP": WORDS} | settings).items():
-        edit_script(folder, rf"(?m)^{name} = .*$", f"{name} = {value!r}")
-    if words is None:
-        shutil.copyfile(WORDS_FILE, folder / WORDS_FILE.name)
-    else:
-        text = words if isinstance(words, str) else json.dumps(words)
-        (folder / WORDS_FILE.name).write_text(text, encoding="utf-8")
-    return folder
+def read_rows(results: Path, table: str) -> dict[tuple, dict[str, float]]:
+    """{KEYS, numbers where they can be: {other column: value}}; an empty cell is NaN."""
+    rows = {}
+    for row in read_csv(results / table):
+        key = [row.pop(name) for name in KEYS[table]]
+        key = tuple(int(part) if part.isdecimal() else part for part in key)
+        assert key not in rows
+        rows[key] = {name: number(cell) for name, cell in row.items()}
+    return rows
 
 
-def edit_script(folder: Path, pattern: str, replacement: str) -> None:
-    """Changes the one place in a copy of the script that a regular expression finds."""
-    file = folder / SCRIPT.name
-    text, count = re.subn(pattern, lambda _: replacement, file.read_text(encoding="utf-8"))
-    assert count == 1, pattern
-    file.write_text(text, encoding="utf-8")
+def tables(results: Path) -> list[bytes]:
+    return [(results / name).read_bytes() for name in TABLES]
 
 
-def run(folder: Path, *arguments: object, cwd: str | Path = "/") -> Run:
-    """Runs the script from another directory than its own, with one thread."""
-    command = [sys.executable, str(folder / SCRIPT.name), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert "Traceback" not in process.stdout + process.stderr, process.stderr
-    family = Path(str(arguments[0])).name if arguments else ""
-    return Run(process.returncode, process.stdout, process.stderr, folder / "convergance_plots" / family)
+def kept(results: Path) -> dict[str, int]:
+    """{name: time at which it was written} of what is kept of each checkpoint."""
+    return {file.name: file.stat().st_mtime_ns for file in (results / "kept").glob("step*.npz")}
 
 
-def error_line(result: Run) -> str:
-    """The one line that a failed run ends with."""
-    assert result.code == 2
-    assert "results  " not in result.out
-    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert errors == [result.err.splitlines()[-1]], result.err
-    return errors[0]
+# ---- the plain computation, from texts.csv alone -------------------------------------------------
 
 
-def link(family: Path, folder: Path, steps: Iterable[int] | dict[int, int]) -> Path:
-    """A family of links to the files of another one's checkpoints: some of its steps, or {step: its step}."""
-    for step, source in (steps if isinstance(steps, dict) else {step: step for step in steps}).items():
-        (folder / f"step{step}").mkdir(parents=True)
-        for file in (family / f"step{source}").iterdir():
-            (folder / f"step{step}" / file.name).symlink_to(file)
-    return folder
+def parts_of(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each text adds to covariance and variance, float64 (steps, layers + 1, texts)."""
+    own = states - states.mean(2, keepdims=True)
+    return (own * own[-1]).sum(-1), (own * own).sum(-1)
 
 
-def write(file: Path, content: bytes | dict[str, torch.Tensor]) -> None:
-    """Writes bytes or tensors to a file in the place of what was there, be it a link."""
-    file.unlink(missing_ok=True)
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    elif file.suffix == ".safetensors":
-        save_file(content, file, metadata={"format": "pt"})
-    else:
-        torch.save(content, file)
+def correlation(parts: tuple[np.ndarray, np.ndarray], members: list[int]) -> np.ndarray:
+    """float64 (steps, layers + 1), of some texts, each as often as it stands among them."""
+    covariance, variance = (part[..., members].sum(-1) for part in parts)
+    variance = np.where(variance < 1e-8 * len(members), np.nan, variance)
+    return covariance / np.sqrt(variance * variance[-1])
 
 
-def edit_config(folder: Path, **entries: object) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write(folder / "config.json", json.dumps(config | entries).encode())
+def half_way_of(values, steps: list[int], end: float = 1) -> tuple[float, float, float]:
+    """The half-way step, infinite if there is none, NaN if undefined, and the steps around it."""
+    points = []
+    for step, value in zip(steps, values, strict=True):
+        progress = (value - values[0]) / (end - values[0])
+        if not math.isnan(progress):
+            points.append((step, progress))
+    for (step, low), (after, high) in reversed(list(pairwise(points))):
+        if low < 0.5 <= high:
+            way = (0.5 - low) / (high - low)
+            place = (1 - way) * math.log2(1 + step) + way * math.log2(1 + after)
+            return 2**place - 1, step, after
+    return math.inf if points else math.nan, math.nan, math.nan
 
 
-@cache
-def gpt_neox_tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(TOKENIZER_FILE))
+def per_dimension_of(left: np.ndarray, right: np.ndarray) -> float:
+    found = []
+    for one, other in zip(left.T, right.T, strict=True):
+        if min(one.var(), other.var()) >= 1e-8 / left.shape[1]:
+            found.append(np.corrcoef(one, other)[0, 1])
+    return np.mean(found)
 
 
-def token_ids(word: str, leading_space: bool = True) -> list[int]:
-    return gpt_neox_tokenizer().encode(" " + word if leading_space else word).ids
+def cka_of(left: np.ndarray, right: np.ndarray) -> float:
+    """Linear CKA of float64 (texts, width), by the definition of unbiased HSIC as a U-statistic.
 
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of every file beneath a folder."""
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(folder)): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
-
-
-def assert_figures(results: Path, groups: Iterable[int], layers: int = LAYERS, coloured: float = 0.002) -> None:
-    """The figures of these groups and no others are there, and on each at least this part is coloured."""
-    names = {f"group_{group}_tokens.png" for group in groups} | {f"layer_{layer:02d}.png" for layer in range(layers)}
-    assert {file.name for file in results.glob("*.png")} == names | {"overview.png", "half_way.png"}
-    for file in results.glob("*.png"):
-        pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
-        assert min(pixels.shape[:2]) >= 400, file
-        assert (np.ptp(pixels, axis=-1) > 40).mean() > coloured, file
-
-
-# ------------------------------------------------------------------------------ the naive computation
-
-
-class Naive(NamedTuple):
-    """What a curve's texts contribute, float64 (steps, layers + 1, texts), and their hidden states at length 1."""
-
-    last_tokens: list[int]
-    states: np.ndarray  # (steps, layers + 1, texts, width)
-    similarity: np.ndarray
-    covariance: np.ndarray  # with the final checkpoint, each after its mean over the texts is taken away
-    variance: np.ndarray
-
-
-def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
-    return (left * right).sum(-1) / lengths
-
-
-def naive_states(folder: Path, sequences: list[list[int]]) -> np.ndarray:
-    """The hidden states at the last token, one sequence at a time: float64 (layers + 1, sequences, width)."""
-    torch.set_num_threads(1)
-    model = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        outputs = [model(torch.tensor([sequence]), output_hidden_states=True).hidden_states for sequence in sequences]
-    return np.array([[layer[0, -1].double().numpy() for layer in output] for output in outputs]).swapaxes(0, 1)
-
-
-def naive_curve(texts: list[Text], family: Path, steps: list[int], prepend_bos: bool = True) -> Naive:
-    start = [gpt_neox_tokenizer().token_to_id("<|endoftext|>")] if prepend_bos else []
-    sequences = [start + text.token_ids for text in texts]
-    states = np.array([naive_states(family / f"step{step}", sequences) for step in steps])
-    unit = states / np.linalg.norm(states, axis=-1, keepdims=True)
-    own = unit - unit.mean(2, keepdims=True)
-    return Naive(
-        last_tokens=[text.token_ids[-1] for text in texts],
-        states=unit,
-        similarity=cosine(states, states[-1]),
-        covariance=(own * own[-1]).sum(-1),
-        variance=(own * own).sum(-1),
-    )
-
-
-def naive_centred(naive: Naive, members: list[int] | slice = slice(None)) -> np.ndarray:
-    """Centred over some texts, each as often as it stands among them: float64 (steps, layers + 1)."""
-    variance = naive.variance[..., members].sum(-1)
-    return naive.covariance[..., members].sum(-1) / np.sqrt(variance * variance[-1])
-
-
-def naive_half_way(centred: np.ndarray, steps: list[int]) -> tuple[float, float, float]:
-    """The half-way step of one layer, centred float64 (steps,), and the checkpoints around it; NaN if there is none."""
-    progress = (centred - centred[0]) / (1 - centred[0])
-    for index in reversed(range(1, len(steps))):
-        before, after = progress[index - 1], progress[index]
-        if before < 0.5 <= after:
-            place = [math.log2(1 + step) for step in steps[index - 1 : index + 1]]
-            middle = place[0] + (0.5 - before) / (after - before) * (place[1] - place[0])
-            return 2**middle - 1, steps[index - 1], steps[index]
-    return math.nan, math.nan, math.nan
-
-
-@cache
-def quadruples(count: int) -> np.ndarray:
-    """All quadruples of different indices below count: int (4, quadruples)."""
-    return np.array(list(itertools.permutations(range(count), 4))).T
-
-
-def naive_cka(left: np.ndarray, right: np.ndarray) -> float:
-    """Linear CKA of float64 (texts, width) with the unbiased HSIC by its definition as a U-statistic.
-
-    Song et al. 2012, equation 4: the mean of K_ij (L_ij + L_qr - 2 L_iq) over all i, j, q, r that differ.
+    Song et al. 2012, equation 4: the mean of K_ij (L_ij + L_qr - 2 L_iq) over all i, j, q, r that
+    differ from each other.
     """
-    i, j, q, r = quadruples(len(left))
+    i, j, q, r = np.array(list(permutations(range(len(left)), 4))).T
 
     def hsic(first: np.ndarray, second: np.ndarray) -> float:
         K, L = first @ first.T, second @ second.T
@@ -286,866 +152,665 @@ def naive_cka(left: np.ndarray, right: np.ndarray) -> float:
     return hsic(left, right) / math.sqrt(hsic(left, left) * hsic(right, right))
 
 
-def naive_unrelated(states: np.ndarray, final: np.ndarray) -> np.ndarray:
-    """The mean cosine over all pairs of different texts: float64 (layers + 1,) of (layers + 1, texts, width)."""
-    pairs = list(itertools.permutations(range(states.shape[1]), 2))
-    return sum(cosine(states[:, text], final[:, other]) for text, other in pairs) / len(pairs)
+def naive_tables(results: Path, family: Path, steps: list[int], before=(BOS,), cka=()) -> dict:
+    """{table: {key: {column: value}}}; a value with an interval is an array, resamples after it.
 
-
-def naive_run(result: Run, family: Path, steps: list[int], prepend_bos: bool = True) -> dict[tuple[int, str], Naive]:
-    return {key: naive_curve(texts, family, steps, prepend_bos) for key, texts in result.texts().items()}
-
-
-def assert_like_naive(result: Run, curves: dict[tuple[int, str], Naive], steps: list[int]) -> None:
-    """Every similarity, floor, centred and stability of a run, and the half-way steps, are those of the naive one."""
-    arrays, rows, half_way_rows = result.arrays(), result.rows(), result.half_way()
-    expected = np.concatenate([naive.similarity for naive in curves.values()], axis=-1)
-    np.testing.assert_allclose(arrays["similarity"], expected, atol=1e-4, rtol=0)
-    layers = expected.shape[1]
-    assert len(rows) == len(curves) * len(steps) * layers and len(half_way_rows) == len(curves) * layers
-    for key, naive in curves.items():
-        centred = naive_centred(naive)
-        for index, step in enumerate(steps):
-            floor = naive_unrelated(naive.states[index], naive.states[-1])
+    cka: the (step, layer) for which it is computed, by more than a hundred thousand quadruples.
+    """
+    unit, log_prob, texts = {}, {}, read_texts(results)
+    for key, group in texts.items():
+        sequences = [[*before, *text.token_ids] for text in group]
+        read = [naive_read(family / f"step{step}", sequences) for step in steps]
+        states = np.array([states for states, _ in read])  # (steps, layers + 1, texts, width)
+        unit[key] = states / np.linalg.norm(states, axis=-1, keepdims=True)
+        log_prob[key] = np.array([found for _, found in read])
+    tables, half_way, shortest = {name: {} for name in TABLES[1:]}, {}, min(texts)[0]
+    for (tokens, kind), group in texts.items():
+        if kind.startswith("reference"):
+            continue
+        own, count = unit[tokens, kind], len(group)
+        draws = naive_resamples([text.token_ids[-1] for text in group], 12345 + tokens)
+        draws, ends = [list(range(count)), *draws], dict.fromkeys(("centred", "composed"), 1)
+        parts = {"centred": parts_of(own)}
+        if tokens > 1 and kind != "alone":
+            first, second, third = (unit[tokens, f"reference {i}"] for i in (1, 2, 3))
+            parts["composed"] = parts_of(own - (first + second + third) / 3)
+        values = {}  # (1 + resamples, steps, layers + 1)
+        for measure, of_texts in parts.items():
+            values[measure] = np.array([correlation(of_texts, members) for members in draws])
+        for (index, step), layer in product(enumerate(steps), range(own.shape[1])):
+            now, final = own[index, layer], own[-1, layer]
+            row = dict.fromkeys(("composed", "composed_share", "stability"), math.nan)
+            row |= {name: values[name][:, index, layer] for name in parts}
+            row["similarity"] = np.diagonal(now @ final.T).mean()
+            row["unrelated"] = (now @ final.T)[~np.eye(count, dtype=bool)].mean()
+            row["per_dimension"] = per_dimension_of(now, final)
+            if "composed" in parts and layer > 0:
+                part, whole = (parts[name][1][index, layer] for name in ("composed", "centred"))
+                row["composed_share"] = part.sum() / whole.sum()
             if index > 0:
-                stability = cosine(naive.states[index], naive.states[index - 1]).mean(-1)
-            for layer in range(layers):
-                row = rows[(*key, step, layer)]
-                assert row["similarity"] == pytest.approx(naive.similarity[index, layer].mean(), abs=1e-5)
-                assert row["unrelated"] == pytest.approx(floor[layer], abs=1e-5)
-                assert row["centred"] == pytest.approx(centred[index, layer], abs=1e-4)
-                if index == 0:
-                    assert np.isnan(row["stability"])
-                else:
-                    assert row["stability"] == pytest.approx(stability[layer], abs=1e-5)
-        for layer in range(layers):
-            row = half_way_rows[(*key, layer)]
-            found = [row[name] for name in ("half_way_step", "step_before", "step_after")]
-            assert found == pytest.approx(naive_half_way(centred[:, layer], steps), rel=1e-3, nan_ok=True)
+                row["stability"] = (now * own[index - 1, layer]).sum(-1).mean()
+            if (step, layer) in cka:
+                row["cka"] = cka_of(now, final)
+            tables["convergence.csv"][tokens, kind, step, layer] = row | {"texts": count}
+        if kind == "word" and (tokens, "recombined") in texts:
+            gain = log_prob[tokens, "word"] - log_prob[tokens, "recombined"]
+            values["known"] = np.array([gain[:, members].mean(-1) for members in draws])[..., None]
+            low, high = bounds_of(values["known"][1:, -1, 0])
+            ends["known"] = values["known"][:, -1, 0] if low > 0 or high < 0 else math.nan
+            for index, step in enumerate(steps):
+                row = {"word": log_prob[tokens, "word"][index].mean()}
+                row["recombined"] = log_prob[tokens, "recombined"][index].mean()
+                tables["known.csv"][tokens, step] = row | {"known": values["known"][:, index, 0]}
+        for measure, of_draws in values.items():
+            for layer, of_layer in enumerate(np.moveaxis(of_draws, 2, 0)):
+                key = (tokens, kind, measure, "" if measure == "known" else layer)
+                found = []
+                of_ends = np.broadcast_to(ends[measure], len(draws))
+                for draw, end in zip(of_layer, of_ends, strict=True):
+                    found.append(half_way_of(draw, steps, end))
+                half_way[key], (_, step, after) = np.array(found)[:, 0], found[0]
+                row = {"half_way_step": half_way[key], "step_before": step, "step_after": after}
+                tables["half_way.csv"][key] = row | {"texts": count}
+    for (tokens, kind, measure, layer), above in half_way.items():
+        for contrast, (*of_above, below_kind, below_measure) in CONTRASTS.items():
+            other = shortest if contrast.endswith("shortest") else tokens
+            below = half_way.get((other, below_kind, below_measure, layer))
+            to_itself = other == tokens == shortest and of_above == [below_kind, below_measure]
+            if of_above == [kind, measure] and below is not None and not to_itself:
+                with np.errstate(invalid="ignore"):
+                    tables["contrasts.csv"][tokens, contrast, layer] = {"ratio": above / below}
+    return tables
 
 
-def drawn_last_tokens(naive: Naive, rng: np.random.Generator) -> list[int]:
-    """The texts of one resample: last tokens are drawn with replacement, each brings all its texts."""
-    texts_of = {}
-    for index, token in enumerate(naive.last_tokens):
-        texts_of.setdefault(token, []).append(index)
-    clusters = list(texts_of.values())
-    return [index for drawn in rng.integers(len(clusters), size=len(clusters)) for index in clusters[drawn]]
+def assert_rows(rows: dict, expected: dict, **tolerance: float) -> None:
+    assert rows.keys() == expected.keys()
+    for key, row in expected.items():
+        values = {name: float(np.atleast_1d(value)[0]) for name, value in row.items()}
+        for name, value in values.items():
+            if math.isinf(value) or (name == "ratio" and value == 0):  # a half-way step is never
+                values[name] = math.nan
+        shown = {name: rows[key][name] for name in values}
+        assert shown == pytest.approx(values, nan_ok=True, **tolerance), key
 
 
-# ------------------------------------------------------------------------------ the families and runs that tests share
+def assert_naive(results: Path, expected: dict[str, dict]) -> None:
+    """All that the tables hold, intervals aside, is as in the plain computation."""
+    tolerances = {"convergence.csv": {"abs": 5e-5, "rel": 0}, "known.csv": {"abs": 1e-4, "rel": 0}}
+    for table, rows in expected.items():
+        assert_rows(read_rows(results, table), rows, **tolerances.get(table, {"rel": 2e-3}))
 
 
-@pytest.fixture(scope="module")
-def main_run(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """All steps, groups and kinds of the trained miniature: what most tests look at."""
-    return run(place(tmp_path_factory.mktemp("main")), miniature)
+# ---- families and runs that tests share ----------------------------------------------------------
+
+NOTE_LINES = """from matplotlib.figure import Figure
 
 
-@pytest.fixture(scope="module")
-def main_naive(main_run: Run, miniature: Path) -> dict[tuple[int, str], Naive]:
-    assert main_run.code == 0, main_run.err
-    return naive_run(main_run, miniature, STEPS)
+def note_lines(figure, file, save=Figure.savefig, **options):
+    lines = []
+    for axes in figure.axes:
+        lines += [np.asarray(line.get_ydata(), float).tolist() for line in axes.lines]
+    Path(__file__).with_name(f"{Path(file).stem}.json").write_text(json.dumps(lines))
+    save(figure, file, **options)
 
 
-PLANTED_STEPS = [0, 1, 3, 7, 15, 31]  # 0, 1, 2, 3, 4, 5 in log2(1 + step)
-EARLY = [0, 0.25, 0.75, 1, 1, 1]
-LATE = [0, 0, 0, 0.25, 0.75, 1]
-PLANTED = {1: EARLY, 2: LATE, 3: EARLY}  # mean share of its way that a group's last tokens have gone at each step
-PLANTED_LAYERS = 3
-HALF_WAY = {1: 2**1.5 - 1, 2: 2**3.5 - 1, 3: 2**1.5 - 1}  # what that makes of the half-way steps in layer 0
-
-
-def planted_words() -> dict[str, int]:
-    """24 words of one, two and three tokens, equally frequent: those of two share last tokens in pairs.
-
-    No token at the end of a word stands within another or in the carrier, so that each belongs to one group.
-    """
-    carrier = re.search(r'(?m)^CARRIER = "(.*?)"', SCRIPT.read_text(encoding="utf-8"))[1]
-    within, at_end, chosen = set(token_ids(carrier, leading_space=False)), set(), {}
-    for tokens in PLANTED:
-        by_last_token = {}
-        for word in ALL_WORDS:
-            ids = token_ids(word)
-            if len(ids) == tokens:
-                by_last_token.setdefault(ids[-1], []).append(word)
-        alike = 2 if tokens == 2 else 1  # words that share a last token
-        wanted = len(chosen) + WORDS
-        for last, words in by_last_token.items():
-            if len(words) < alike or last in within | at_end or len(chosen) == wanted:
-                continue
-            beginnings = {token for word in words[:alike] for token in token_ids(word)[:-1]}
-            if beginnings & (at_end | {last}):
-                continue
-            within |= beginnings
-            at_end.add(last)
-            chosen |= dict.fromkeys(words[:alike], 1000)
-    return chosen
-
-
-def plant(family: Path, miniature: Path) -> dict[str, int]:
-    """A family of two blocks in which only embeddings change, as PLANTED says. Returns the words to read with it.
-
-    A last token's embedding turns from one direction to another, sqrt(1 - s²) a + s b, s being its share of the way.
-    All directions of a group are at right angles, so that similarity is the mean of s in layer 0, and so is centred.
-    """
-    words = planted_words()
-    folder = miniature / "step32"
-    weights = {}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        block = re.search(r"layers\.(\d+)", name)
-        if not name.startswith("embed_out") and (block is None or int(block[1]) < PLANTED_LAYERS - 1):
-            weights[name] = tensor.float()
-    embeddings = next(name for name in weights if name.endswith("embed_in.weight"))
-    for index, step in enumerate(PLANTED_STEPS):
-        rows = weights[embeddings].clone()
-        for tokens, shares in PLANTED.items():
-            last_tokens = sorted({token_ids(word)[-1] for word in words if len(token_ids(word)) == tokens})
-            scatter = np.linspace(-0.2, 0.2, len(last_tokens))
-            for place, token in enumerate(last_tokens):
-                share = shares[index] + scatter[place] * (0 < shares[index] < 1)
-                rows[token] = 0
-                rows[token, 2 * place] = math.sqrt(1 - share**2)
-                rows[token, 2 * place + 1] = share
-        checkpoint = family / f"step{step}"
-        checkpoint.mkdir(parents=True)
-        save_file(weights | {embeddings: rows}, checkpoint / "model.safetensors", metadata={"format": "pt"})
-        for name in ("config.json", "tokenizer.json"):
-            shutil.copyfile(folder / name, checkpoint / name)
-        edit_config(checkpoint, num_hidden_layers=PLANTED_LAYERS - 1)
-    return words
+Figure.savefig = note_lines
+"""
+SHAPE = {"vocab_size": 50_304, "hidden_size": 16, "num_attention_heads": 2}
+SHAPE |= {"intermediate_size": 32, "initializer_range": 0.3, "max_position_embeddings": 32}
+OF_GPT = {"vocab_size": 50_304, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 32}
+OTHERS = {  # configs by the name of the family, of several depths
+    "qwen2": tf.Qwen2Config(**SHAPE, num_hidden_layers=4, num_key_value_heads=1),
+    "llama": tf.LlamaConfig(**SHAPE, num_hidden_layers=2),
+    "olmo2": tf.Olmo2Config(**SHAPE, num_hidden_layers=3),
+    "gpt2": tf.GPT2Config(**OF_GPT, initializer_range=0.3),
+    "small": tf.GPTNeoXConfig(**SHAPE, num_hidden_layers=1),
+}
+OTHER_STEPS = [0, 3, 15]
+SMALL = {"GROUPS": (1, 2), "WORDS_PER_GROUP": SIZE}
 
 
 @pytest.fixture(scope="module")
-def planted(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int]]:
-    """The planted family, and its words."""
-    family = tmp_path_factory.mktemp("trees") / "planted"
-    return family, plant(family, miniature)
-
-
-@pytest.fixture(scope="module")
-def planted_run(planted: tuple[Path, dict[str, int]], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    family, words = planted
-    result = run(place(tmp_path_factory.mktemp("planted"), words), family)
-    assert result.code == 0, result.err
-    return result
-
-
-def continued(before: Run, folder: Path, words: object, family: str = "planted", **settings: object) -> Path:
-    """Places the script beside the results of an earlier run, times of files included, as those of another family."""
-    results = folder / "convergance_plots" / family
-    shutil.copytree(before.results, results)
-    if family != before.results.name:  # which the record of the run would refuse
-        (results / "kept" / "run.json").unlink()
-    return place(folder, words, **settings)
-
-
-def measured_again(before: Run, after: Run) -> set[int]:
-    """The steps of the contributions that an earlier run did not leave."""
-    old = before.kept()
-    return {int(re.match(r"step(\d+)-", name)[1]) for name, when in after.kept().items() if old.get(name) != when}
-
-
-# ------------------------------------------------------------------------------ what a run leaves
-
-
-def test_run_says_what_it_does(main_run: Run, miniature: Path) -> None:
-    assert main_run.code == 0, main_run.err
-    lines = main_run.out.splitlines()
-    assert lines[0] == f"family   {miniature}" and lines[-1] == f"results  {main_run.results}"
-    frequencies = [text.frequency for texts in main_run.texts().values() for text in texts]
-    assert lines[1:4] == [
-        "steps    0, 1, 2, 4, 8, 16, 32 (7 of 7 to measure)",
-        "words    24 of 1 token, 24 of 2 tokens, 24 of 3 tokens, 24 of 4 tokens",
-        f"texts    {WORDS * len(CURVES)}, kinds word, recombined, carried, "
-        f"frequencies {np.nanmin(frequencies):g} to {np.nanmax(frequencies):g}",
-    ]
-    assert re.fullmatch(r"device   (cpu|cuda:0|mps:0), float32", lines[4])
-    assert main_run.warnings() == [] and "error" not in main_run.err.lower()
-    assert re.search(r"step ?\d+: .*batch/s", main_run.err) and "figures: 100%" in main_run.err
-
-
-def test_last_lines_say_the_answer(main_run: Run) -> None:
-    """The half-way steps in the first, the middle and the last layer, and the ratios in the middle, of the tables."""
-    half_way, contrasts = main_run.half_way(), main_run.contrasts()
-    answer = main_run.out.split("half-way step", 1)[1]
-    assert re.findall(r"layer (\d+)", answer.splitlines()[0]) == ["0", "3", "6"]
-    found = re.findall(r"(?m)^ +(\d) tokens? +(word|recombined|carried) +(\d.*)$", answer)
-    assert [(int(tokens), kind) for tokens, kind, _ in found] == CURVES
-    for tokens, kind, cells in found:
-        expected = []
-        for layer in (0, 3, 6):
-            row = half_way[int(tokens), kind, layer]
-            expected.append(f"{row['half_way_step']:.0f} [{row['low']:.0f}, {row['high']:.0f}]")
-        assert re.findall(r"\d+ \[\d+, \d+\]", cells) == expected
-    found = re.findall(r"(?m)^ +(\d) tokens? (\w+) over (\d) tokens? (\w+) +(\d.*): (.*)$", answer)
-    assert len(found) == 6
-    for tokens, kind, other_tokens, other_kind, cell, verdict in found:
-        row = contrasts[int(tokens), kind, f"{other_tokens} {other_kind}", 3]
-        assert cell == f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        assert verdict == ("later" if row["low"] > 1 else "earlier" if row["high"] < 1 else "no difference shown")
-
-
-def test_files(main_run: Run, miniature: Path) -> None:
-    assert_figures(main_run.results, GROUPS)
-    others = {file.name for file in main_run.results.iterdir() if file.suffix != ".png"}
-    assert others == {*TABLES, "similarities.npz", "kept"}
-    names = sorted(file.name for file in (main_run.results / "kept").iterdir())
-    assert names.pop(0) == "run.json"
-    assert all(re.fullmatch(r"step\d+-[0-9a-f]{16}\.npz", name) for name in names)
-    assert sorted(int(name[4:].split("-")[0]) for name in names) == STEPS
-    record = json.loads((main_run.results / "kept" / "run.json").read_text(encoding="utf-8"))
-    assert record["family"] == str(miniature)
-    assert set(record["figures"]) == {file.name for file in main_run.results.glob("*.png")}
-
-
-def test_convergence_csv_has_a_row_for_each_curve_step_and_layer(main_run: Run) -> None:
-    lines = (main_run.results / "convergence.csv").read_bytes().decode().split("\n")
-    assert lines[0] == ",".join(HEADER) and lines[-1] == ""
-    rows = [line.split(",") for line in lines[1:-1]]
-    expected = itertools.product(CURVES, STEPS, range(LAYERS))
-    assert [row[:5] for row in rows] == [
-        [str(tokens), kind, str(WORDS), str(step), str(layer)] for (tokens, kind), step, layer in expected
-    ]
-    for row in rows:
-        values = dict(zip(COLUMNS, row[5:], strict=True))
-        if row[3] == "0":
-            assert values.pop("stability") == ""
-        assert all(re.fullmatch(r"-?\d\.\d{6}", value) for value in values.values())
-
-
-def test_other_tables_have_a_row_for_each_curve_and_layer(main_run: Run) -> None:
-    lines = (main_run.results / "half_way.csv").read_bytes().decode().split("\n")
-    assert lines[0] == HALF_WAY_HEADER and lines[-1] == ""
-    assert [line.split(",")[:4] for line in lines[1:-1]] == [
-        [str(tokens), kind, str(WORDS), str(layer)] for tokens, kind in CURVES for layer in range(LAYERS)
-    ]
-    lines = (main_run.results / "contrasts.csv").read_bytes().decode().split("\n")
-    assert lines[0] == "tokens,kind,against,layer,ratio,low,high" and lines[-1] == ""
-    expected = set()
-    for tokens, layer in itertools.product((2, 3, 4), range(LAYERS)):
-        expected |= {(tokens, "word", f"{tokens} recombined", layer), (tokens, "carried", "1 carried", layer)}
-    assert set(main_run.contrasts()) == expected and len(lines) == len(expected) + 2
-
-
-def test_npz_holds_the_texts_in_the_order_of_the_table(main_run: Run) -> None:
-    arrays, texts = main_run.arrays(), main_run.texts()
-    assert set(arrays) == {"words", "tokens", "kind", "frequency", "steps", "similarity"}
-    assert list(texts) == CURVES
-    assert arrays["steps"].tolist() == STEPS
-    assert arrays["similarity"].shape == (len(STEPS), LAYERS, WORDS * len(CURVES))
-    labels = list(zip(arrays["tokens"].tolist(), arrays["kind"].tolist(), strict=True))
-    assert labels == [key for key, members in texts.items() for _ in members]
-    assert arrays["words"].tolist() == [text.word for members in texts.values() for text in members]
-    frequencies = [text.frequency for members in texts.values() for text in members]
-    np.testing.assert_array_equal(arrays["frequency"], frequencies)
-
-
-def test_final_checkpoint_is_similar_to_itself(main_run: Run) -> None:
-    assert np.abs(main_run.arrays()["similarity"][-1] - 1).max() < 1e-6
-    finals = [row for (_, _, step, _), row in main_run.rows().items() if step == STEPS[-1]]
-    assert all(abs(row[name] - 1) <= 1e-6 for row in finals for name in (*INTERVALS, "cka"))
-    assert all(row["unrelated"] < 1 - 1e-4 for row in finals)
-
-
-def test_curves_look_like_learning(main_run: Run) -> None:
-    rows = main_run.rows()
-    for key, layer in itertools.product(CURVES, range(LAYERS)):
-        curve = [rows[(*key, step, layer)] for step in STEPS]
-        assert curve[0]["similarity"] < curve[-2]["similarity"] - 0.05 * (
-            layer > 0
-        )  # rare tokens hardly move in layer 0
-        assert curve[0]["centred"] < curve[-2]["centred"]
-        assert all(row["similarity"] > row["unrelated"] for row in curve[2:])
-
-
-# ------------------------------------------------------------------------------ the numbers
-
-
-def test_values_are_those_of_the_naive_computation(main_run: Run, main_naive: dict[tuple[int, str], Naive]) -> None:
-    assert_like_naive(main_run, main_naive, STEPS)
-
-
-def test_cka_is_that_of_its_definition(main_run: Run, main_naive: dict[tuple[int, str], Naive]) -> None:
-    rows = main_run.rows()
-    for key, naive in main_naive.items():
-        for index, layer in itertools.product((0, 4), range(0, LAYERS, 2)):
-            expected = naive_cka(naive.states[index, layer], naive.states[-1, layer])
-            assert rows[(*key, STEPS[index], layer)]["cka"] == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.fixture(scope="module")
-def bootstrap(main_naive: dict[tuple[int, str], Naive]) -> dict[tuple[int, str], dict[str, np.ndarray]]:
-    """A plain bootstrap over last tokens of each curve: 1,000 resamples, the same for the kinds of a group.
-
-    similarity and centred, float64 (resamples, steps, layers + 1), and half_way, float64 (resamples, layers + 1).
-    """
-    resampled = {}
-    for (tokens, kind), naive in main_naive.items():
-        rng = np.random.default_rng(12345 + tokens)
-        similarity, centred, half_way = [], [], []
-        for _ in range(1000):
-            members = drawn_last_tokens(naive, rng)
-            similarity.append(naive.similarity[..., members].mean(-1))
-            centred.append(naive_centred(naive, members))
-            half_way.append([naive_half_way(centred[-1][:, layer], STEPS)[0] for layer in range(LAYERS)])
-        found = {"similarity": similarity, "centred": centred, "half_way": half_way}
-        resampled[tokens, kind] = {name: np.array(values) for name, values in found.items()}
-    return resampled
-
-
-def test_intervals_are_those_of_a_plain_bootstrap_over_last_tokens(
-    main_run: Run, bootstrap: dict[tuple[int, str], dict[str, np.ndarray]]
-) -> None:
-    ratios = []
-    for (tokens, kind, step, layer), row in main_run.rows().items():
-        for name in ("similarity", "centred"):
-            values = bootstrap[tokens, kind][name][:, STEPS.index(step), layer]
-            low, high = np.quantile(values, [0.025, 0.975])
-            assert row[f"{name}_low"] <= row[name] + 1e-6 and row[name] <= row[f"{name}_high"] + 1e-6
-            assert row[f"{name}_low"] == pytest.approx(low, abs=0.2 * (high - low) + 1e-5)
-            assert row[f"{name}_high"] == pytest.approx(high, abs=0.2 * (high - low) + 1e-5)
-            if high - low > 1e-3:
-                ratios.append((row[f"{name}_high"] - row[f"{name}_low"]) / (high - low))
-    assert len(ratios) > 800 and np.mean(ratios) == pytest.approx(1, abs=0.03)
-
-
-def test_intervals_of_half_way_steps_and_contrasts(
-    main_run: Run, bootstrap: dict[tuple[int, str], dict[str, np.ndarray]]
-) -> None:
-    """Their distributions have gaps at checkpoints, near which a bound may jump: nearly all are alike."""
-    half_way, contrasts = main_run.half_way(), main_run.contrasts()
-    pairs = []  # a row, the name of its value, and what the plain bootstrap gives
-    for (tokens, kind, layer), row in half_way.items():
-        pairs.append((row, "half_way_step", bootstrap[tokens, kind]["half_way"][:, layer]))
-    for (tokens, kind, against, layer), row in contrasts.items():
-        other = (int(against.split()[0]), against.split()[1])
-        estimate = half_way[tokens, kind, layer]["half_way_step"] / half_way[(*other, layer)]["half_way_step"]
-        assert row["ratio"] == pytest.approx(estimate, abs=2e-6)
-        ratio = bootstrap[tokens, kind]["half_way"][:, layer] / bootstrap[other]["half_way"][:, layer]
-        pairs.append((row, "ratio", ratio))
-    alike = []
-    for row, name, values in pairs:
-        bounds = np.quantile(values, [0.025, 0.975])
-        assert row["low"] <= row[name] <= row["high"]
-        tolerance = 0.25 * np.ptp(np.log2(bounds)) + 1e-5
-        alike.append(np.abs(np.log2([row["low"], row["high"]] / bounds)).max() < tolerance)
-    assert np.mean(alike) > 0.9
-
-
-# ------------------------------------------------------------------------------ what is read
-
-
-def test_words_are_those_of_the_file(main_run: Run) -> None:
-    for (tokens, kind), texts in main_run.texts().items():
-        assert len({text.word for text in texts}) == len(texts) == WORDS
-        if kind == "recombined":
-            assert all(math.isnan(text.frequency) for text in texts)
-        else:
-            assert all(text.frequency == ALL_WORDS[text.word] for text in texts)
-        if kind == "word":
-            assert all(text.token_ids == token_ids(text.word) for text in texts)
-            assert all(len(text.token_ids) == tokens for text in texts)
-
-
-def test_frequencies_are_matched(main_run: Run) -> None:
-    """A group has as many words in each bin as every other: as many as the poorest, scaled down to 24 in all."""
-    available = {tokens: Counter() for tokens in GROUPS}
+def main(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All steps, groups and kinds of the miniature, of words whose last tokens are often shared."""
+    counts = Counter(token_ids(word)[-1] for word in ALL_WORDS if len(token_ids(word)) > 1)
+    common, words = {token for token, _ in counts.most_common(100)}, {}
     for word, frequency in ALL_WORDS.items():
-        if (tokens := len(token_ids(word))) in available:
-            available[tokens][math.floor(4 * math.log10(frequency))] += 1
-    room = {index: min(counts[index] for counts in available.values()) for index in available[4]}
-    drawn = []
-    for tokens in GROUPS:
-        bins = Counter(math.floor(4 * math.log10(text.frequency)) for text in main_run.texts()[tokens, "word"])
-        drawn.append(bins)
-    assert all(bins == drawn[0] for bins in drawn)
-    assert drawn[0].total() == WORDS < sum(room.values())
+        if len(token_ids(word)) == 1 or token_ids(word)[-1] in common:
+            words[word] = frequency
+    folder = tmp_path_factory.mktemp("main")
+    script = place(folder, inputs={WORDS: words}, WORDS_PER_GROUP=SIZE)
+    edit(script, "from matplotlib.figure import Figure\n", NOTE_LINES)  # for the test of figures
+    return good_run(script, miniature)
+
+
+@pytest.fixture(scope="module")
+def expected(main: Run, miniature: Path) -> dict[str, dict]:
+    return naive_tables(main.results, miniature, STEPS, cka=[(0, 3), (16, 0), (16, 6)])
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Families of other architectures, and a small one of Pythia's."""
+    folder, shares = tmp_path_factory.mktemp("others"), {0: 0, 3: 0.4, 15: 1}
+    return {name: random_family(folder / name, OTHERS[name], shares) for name in OTHERS}
+
+
+@pytest.fixture(scope="module")
+def compared(others: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of a run of all of them."""
+    script = place(tmp_path_factory.mktemp("families"), **SMALL)
+    return good_run(script, *others.values()).results.parent
+
+
+@pytest.fixture(scope="module")
+def small(others: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of the small family in a run of its own."""
+    return good_run(place(tmp_path_factory.mktemp("alone"), **SMALL), others["small"]).results
+
+
+def beside(results: Path, folder: Path, **settings: object) -> Path:
+    """Places the script where the results of an earlier run lie, times of files included."""
+    shutil.copytree(results.parent, folder / results.parent.name)
+    return place(folder, **SMALL | settings)
+
+
+# ---- the numbers ---------------------------------------------------------------------------------
+
+
+def test_values_are_naive(main: Run, expected: dict[str, dict]) -> None:
+    assert_naive(main.results, expected)
+
+
+def test_intervals_are_those_of_a_plain_bootstrap(main: Run, expected: dict[str, dict]) -> None:
+    """Of half-way steps and contrasts, whose distributions have gaps, nearly all are."""
+    for table, share in zip(TABLES[1:], (1, 1, 0.9, 0.9), strict=True):
+        found, pairs = read_rows(main.results, table), []
+        for key, row in expected[table].items():
+            for name, values in row.items():
+                before = f"{name}_" if table == "convergence.csv" else ""
+                if isinstance(values, np.ndarray) and not math.isnan(found[key][name]):
+                    bounds = [found[key][f"{before}{end}"] for end in ("low", "high")]
+                    pairs.append((bounds, values[1:]))
+        assert_intervals(pairs, share)
+
+
+# ---- what is read --------------------------------------------------------------------------------
+
+
+def test_words_are_those_of_the_file_and_matched_in_frequency(main: Run):
+    words = json.loads((main.results.parents[1] / WORDS).read_text(encoding="utf-8"))
+    texts, drawn, frequencies = read_texts(main.results), {}, []
+    available = {tokens: Counter() for tokens in (1, 2, 3, 4)}
+    for word, frequency in words.items():
+        if len(token_ids(word)) in available:
+            available[len(token_ids(word))][math.floor(4 * math.log10(frequency))] += 1
+    for tokens in available:
+        group, drawn[tokens] = texts[tokens, "word"], Counter()
+        assert len({text.word for text in group}) == len(group) == SIZE
+        for text in group:
+            assert text.frequency == words[text.word] and len(token_ids(text.word)) == tokens
+            assert text.token_ids == CARRIER[tokens - 1 :] + token_ids(text.word)
+            drawn[tokens][math.floor(4 * math.log10(text.frequency))] += 1
+            frequencies.append(text.frequency)
+        assert drawn[tokens] == drawn[1]
+    room = {index: min(counts[index] for counts in available.values()) for index in available[1]}
     for index, count in room.items():
-        assert abs(drawn[0][index] - count * WORDS / sum(room.values())) < 1
+        assert abs(drawn[1][index] - count * SIZE / sum(room.values())) < 1
+    assert f"{min(frequencies):g} to {max(frequencies):g}" in main.out
 
 
-def test_recombined_strings_are_no_words(main_run: Run) -> None:
-    texts = main_run.texts()
-    tokens_of_words = {tuple(token_ids(word)) for word in ALL_WORDS}
+def test_recombined_strings_are_no_words(main: Run) -> None:
+    words = json.loads((main.results.parents[1] / WORDS).read_text(encoding="utf-8"))
+    texts, folded = read_texts(main.results), {word.casefold() for word in words}
     for tokens in (2, 3, 4):
-        words, strings = texts[tokens, "word"], texts[tokens, "recombined"]
-        assert [text.token_ids[-1] for text in strings] == [text.token_ids[-1] for text in words]
-        beginnings = [sorted(text.token_ids[:-1] for text in of_kind) for of_kind in (words, strings)]
-        assert beginnings[0] == beginnings[1]
-        for text in strings:
-            assert tuple(text.token_ids) not in tokens_of_words and text.word.strip() not in ALL_WORDS
-            assert text.word == gpt_neox_tokenizer().decode(text.token_ids)
-    assert (1, "recombined") not in texts
+        own = [text.token_ids[-tokens:] for text in texts[tokens, "word"]]
+        orders = set()
+        for kind in ("recombined", "reference 1", "reference 2", "reference 3"):
+            strings = [text.token_ids[-tokens:] for text in texts[tokens, kind]]
+            orders.add(str(strings))
+            assert [ids[-1] for ids in strings] == [ids[-1] for ids in own]
+            assert sorted(ids[:-1] for ids in strings) == sorted(ids[:-1] for ids in own)
+            for ids, text, own_ids in zip(strings, texts[tokens, kind], own, strict=True):
+                assert ids != own_ids and math.isnan(text.frequency)
+                assert text.word == gpt_neox_tokenizer().decode(ids)
+                assert text.word.strip().casefold() not in folded
+                assert gpt_neox_tokenizer().encode(text.word).ids == ids
+        assert len(orders) == 4
 
 
-def test_recombined_strings_are_the_words_in_layer_0(main_run: Run) -> None:
-    rows, half_way, contrasts = main_run.rows(), main_run.half_way(), main_run.contrasts()
-    for tokens in (2, 3, 4):
-        for step in STEPS:
-            expected = rows[tokens, "word", step, 0]
-            assert rows[tokens, "recombined", step, 0] == pytest.approx(expected, abs=2e-6, nan_ok=True)
-        assert half_way[tokens, "recombined", 0] == pytest.approx(half_way[tokens, "word", 0], rel=1e-4)
-        assert contrasts[tokens, "word", f"{tokens} recombined", 0] == pytest.approx(
-            {"ratio": 1, "low": 1, "high": 1}, abs=1e-4
-        )
-        assert rows[tokens, "recombined", 4, 3]["centred"] != pytest.approx(rows[tokens, "word", 4, 3]["centred"])
-
-
-def test_carried_words_end_at_one_position(main_run: Run) -> None:
-    texts = main_run.texts()
-    carrier = texts[1, "carried"][0].token_ids[:-1]
-    assert f'CARRIER = "{gpt_neox_tokenizer().decode(carrier)}"' in SCRIPT.read_text(encoding="utf-8")
-    for tokens in GROUPS:
-        for word, carried in zip(texts[tokens, "word"], texts[tokens, "carried"], strict=True):
-            assert (carried.word, carried.frequency) == (word.word, word.frequency)
-            assert carried.token_ids == carrier[tokens - 1 :] + word.token_ids
-            assert len(carried.token_ids) == len(carrier) + 1
+def test_last_tokens_stand_at_one_position(main: Run) -> None:
+    texts = read_texts(main.results)
+    kinds = ["word", "recombined", "alone", *(f"reference {number}" for number in (1, 2, 3))]
+    assert texts.keys() == {(1, "word"), *product((2, 3, 4), kinds)}
+    for (tokens, kind), group in texts.items():
+        length = 1 if kind == "alone" else tokens
+        for text, word in zip(group, texts[tokens, "word"], strict=True):
+            assert text.token_ids[:-length] == CARRIER[length - 1 :]
+            assert len(text.token_ids) == len(CARRIER) + 1
+            assert text.token_ids[-1] == word.token_ids[-1]
+            if kind == "alone":
+                assert text.word == gpt_neox_tokenizer().decode(text.token_ids[-1:])
 
 
 def test_setting_of_the_study(miniature: Path, tmp_path: Path) -> None:
-    """Bare words without <|endoftext|>, drawn at random: the frequencies are those of the groups, and differ."""
-    family = link(miniature, tmp_path / "short", [1, 32])
-    settings = {"PREPEND_BOS": False, "LEADING_SPACE": False, "MATCH_FREQUENCY": False, "KINDS": ("word",)}
-    result = run(place(tmp_path / "here", GROUPS=(1, 3), WORDS_PER_GROUP=40, **settings), family)
-    assert result.code == 0, result.err
-    assert_like_naive(result, naive_run(result, family, [1, 32], prepend_bos=False), [1, 32])
-    texts = result.texts()
-    assert list(texts) == [(1, "word"), (3, "word")]
+    """Bare words without BOS, drawn at random from each group."""
+    family, steps = link(miniature, tmp_path / "short", [0, 16, 64]), [0, 16, 64]
+    off = dict.fromkeys(("PREPEND_BOS", "LEADING_SPACE", "MATCH_FREQUENCY"), False)
+    settings = off | {"KINDS": ("word",), "CARRIER": "", "GROUPS": (1, 3), "WORDS_PER_GROUP": 40}
+    found = good_run(place(tmp_path / "here", **settings), family)
+    assert_naive(found.results, naive_tables(found.results, family, steps, before=()))
+    assert_files(found.results, [1, 3], 7, without={"known.png"})
+    texts = read_texts(found.results)
+    kinds = ("word", "reference 1", "reference 2", "reference 3")
+    assert texts.keys() == {(1, "word"), *product([3], kinds)}
     for tokens in (1, 3):
-        group = [word for word in ALL_WORDS if len(token_ids(word, leading_space=False)) == tokens]
-        drawn = [group.index(text.word) for text in texts[tokens, "word"]]
-        assert all(text.token_ids == token_ids(text.word, leading_space=False) for text in texts[tokens, "word"])
+        group = [word for word in ALL_WORDS if len(token_ids(word, False)) == tokens]
+        drawn = []
+        for text in texts[tokens, "word"]:
+            assert text.token_ids == token_ids(text.word, False)
+            drawn.append(group.index(text.word))
         assert len(set(drawn)) == 40 and drawn != sorted(drawn)
-        assert 0.25 < np.mean(drawn) / len(group) < 0.75  # 0.5 is expected, with a standard error of 0.05
-    assert result.contrasts() == {}
-    assert_figures(result.results, [1, 3])
+        assert 0.25 < np.mean(drawn) / len(group) < 0.75  # 0.5, with a standard error of 0.05
 
 
-# ------------------------------------------------------------------------------ a planted truth
+# ---- planted truths ------------------------------------------------------------------------------
+
+PLANTED_STEPS = [0, 1, 3, 7, 15, 31]  # 0 to 5 in log2(1 + step)
+EARLY = [0.2, 0.68, 0.36, 0.84, 1, 1]  # half of its way at 0.8 and, for good, at 2.5
+LATE = [0.2, 0.2, 0.2, 0.4, 0.8, 1]  # at 3.5
+OF_LAST = {1: EARLY, 2: EARLY, 3: LATE}  # correlation of the last tokens of a group with their end
+OF_FIRST = LATE  # of what first tokens add
+HEAD = [0.2, 0.4, 0.8, 1, 1, 1]  # by how much words are expected, at 1.5
+EARLY_STEP, LATE_STEP, HEAD_STEP = 2**2.5 - 1, 2**3.5 - 1, 2**1.5 - 1
 
 
-def test_planted_half_way_steps_are_found(planted_run: Run) -> None:
-    assert planted_run.warnings() == ["words_list.json has 0 words of 4 tokens, fewer than MIN_GROUP_SIZE: left out"]
-    rows, half_way = planted_run.rows(), planted_run.half_way()
-    for (tokens, _, step, layer), row in rows.items():
-        if layer == 0:
-            share = PLANTED[tokens][PLANTED_STEPS.index(step)]
-            assert row["similarity"] == pytest.approx(share, abs=2e-6)
-            assert row["centred"] == pytest.approx(share, abs=2e-6)
-            assert row["unrelated"] >= -1e-6
-            assert (row["unrelated"] < 1e-6) == (tokens != 2 or share == 0)  # a shared last token, a shared state
-    for (tokens, kind, layer), row in half_way.items():
-        early = PLANTED[tokens] is EARLY
-        if layer == 0:
-            assert row["half_way_step"] == pytest.approx(HALF_WAY[tokens], rel=1e-4), kind
-        assert (row["step_before"], row["step_after"]) == ((1, 3) if early else (7, 15))
-        assert row["step_before"] < row["low"] <= row["half_way_step"] <= row["high"] < row["step_after"]
+def code_of(token: int) -> np.ndarray:
+    """A token's direction, of mean 0 and length 1: float64 (12,)."""
+    signs = np.random.default_rng(token).choice([-1.0, 1.0], 6)
+    return np.concatenate([signs, -signs]) / math.sqrt(12)
 
 
-def test_contrast_finds_the_group_that_settles_later_and_no_other(planted_run: Run) -> None:
-    contrasts = planted_run.contrasts()
-    for layer in range(PLANTED_LAYERS):
-        late, alike = contrasts[2, "carried", "1 carried", layer], contrasts[3, "carried", "1 carried", layer]
-        assert late["low"] > 3
-        assert alike["low"] < 1 < alike["high"] or alike["ratio"] == pytest.approx(1, abs=0.1)
-    assert contrasts[2, "carried", "1 carried", 0]["ratio"] == pytest.approx(HALF_WAY[2] / HALF_WAY[1], rel=1e-4)
-    assert contrasts[3, "carried", "1 carried", 0]["ratio"] == pytest.approx(1, abs=1e-4)
-    assert re.search(r"2 tokens carried over 1 token carried .*: later", planted_run.out)
+@cache
+def planted_words() -> list[str]:
+    """24 words of one, two and three tokens each; no token has two places in them and CARRIER.
 
-
-def test_intervals_allow_for_shared_last_tokens(planted_run: Run) -> None:
-    """In the group of two tokens every last token is that of two words: over words, intervals would be √2 narrower."""
-    rows, arrays = planted_run.rows(), planted_run.arrays()
-    rng = np.random.default_rng(99)
-    for tokens, step, expected in ((1, 1, 1), (2, 7, math.sqrt(2)), (3, 3, 1)):
-        members = (arrays["tokens"] == tokens) & (arrays["kind"] == "word")
-        values = arrays["similarity"][PLANTED_STEPS.index(step), 0, members]
-        means = [rng.choice(values, WORDS).mean() for _ in range(4000)]
-        row = rows[tokens, "word", step, 0]
-        width = row["similarity_high"] - row["similarity_low"]
-        assert width / np.ptp(np.quantile(means, [0.025, 0.975])) == pytest.approx(expected, rel=0.12)
-
-
-# ------------------------------------------------------------------------------ families
-
-
-def test_weights_in_any_format(miniature: Path, tmp_path: Path) -> None:
-    """The same weights as .bin, in shards, in float32, under the names of the base model: the same similarities."""
-    family = link(miniature, tmp_path / "formats", STEPS)
-    weights = {step: load_file(miniature / f"step{step}" / "model.safetensors") for step in STEPS}
-    for step in (0, 1, 2, 8, 32):
-        (family / f"step{step}" / "model.safetensors").unlink()
-    write(family / "step0" / "pytorch_model.bin", weights[0])
-    names = sorted(weights[2])
-    halves = {"pytorch_model-1.bin": names[::2], "pytorch_model-2.bin": names[1::2]}
-    for file, members in halves.items():
-        write(family / "step2" / file, {name: weights[2][name] for name in members})
-    index = {"weight_map": {name: file for file, members in halves.items() for name in members}}
-    write(family / "step2" / "pytorch_model.bin.index.json", json.dumps(index).encode())
-    write(family / "step4" / "model.safetensors", {name: tensor.float() for name, tensor in weights[4].items()})
-    base = {name.removeprefix("gpt_neox."): weights[8][name] for name in names if name.startswith("gpt_neox.")}
-    write(family / "step8" / "model.safetensors", base)
-    for step, dtype in ((1, torch.float16), (32, torch.float32)):
-        model = GPTNeoXForCausalLM.from_pretrained(miniature / f"step{step}", dtype=dtype)
-        for file in ("config.json", "generation_config.json"):
-            (family / f"step{step}" / file).unlink()
-        model.save_pretrained(family / f"step{step}", max_shard_size="4MB")
-        assert len(list((family / f"step{step}").glob("model-*.safetensors"))) > 1
-
-    result = run(place(tmp_path / "here", EASY, GROUPS=(1,), KINDS=("word",)), family)
-    assert result.code == 0, result.err
-    assert_like_naive(result, naive_run(result, miniature, STEPS), STEPS)
-
-
-def test_single_checkpoint_and_single_group(miniature: Path, tmp_path: Path) -> None:
-    """The family stands beside the script, under a name that is none of a shell's or of a formula's.
-
-    One of the same name where the script is started is not meant, unless it is named on the command line: then it is
-    refused, since the results under that name are another family's.
+    A last token is that of two words, at most.
     """
-    name = "Kinder, $\\ein$ Prüfstand"
-    here = place(tmp_path / "a place ü", EASY, GROUPS=[1], CHECKPOINTS_DIR=name)
-    family = link(miniature, here / name, [8])
-    other = link(miniature, tmp_path / name, [0, 8])
-    before = snapshot(family)
-    result = run(here, cwd=tmp_path)._replace(results=here / "convergance_plots" / name)
-    assert result.code == 0, result.err
-    assert f"words    {len(ONE_TOKEN)} of 1 token\n" in result.out
-    assert result.warnings() == ["a family of one checkpoint has no half-way steps"]
-    assert "half-way" not in result.out
-    layers = {f"layer_{layer:02d}.png" for layer in range(LAYERS)}
-    assert {file.name for file in result.results.glob("*.png")} == layers | {"overview.png", "group_1_tokens.png"}
-    rows = result.rows()
-    assert list(rows) == [(1, kind, 8, layer) for kind in ("word", "carried") for layer in range(LAYERS)]
-    for row in rows.values():
-        assert row["similarity"] == pytest.approx(1, abs=1e-6) and row["centred"] == pytest.approx(1, abs=1e-6)
-        assert np.isnan(row["stability"])
-    assert result.half_way() == result.contrasts() == {}
-    assert {text.word for text in result.texts()[1, "word"]} == set(ONE_TOKEN)
-    assert snapshot(family) == before
-    assert {file.name for file in here.iterdir()} == {SCRIPT.name, WORDS_FILE.name, "convergance_plots", name}
-    assert [folder.name for folder in (here / "convergance_plots").iterdir()] == [name]
-
-    before = snapshot(result.results)
-    line = error_line(run(here, name, cwd=tmp_path))
-    assert str(family) in line and str(other) in line and str(result.results) in line
-    assert snapshot(result.results) == before
+    roles, words, ends = dict.fromkeys([BOS, *CARRIER], "carrier"), [], Counter()
+    for tokens, word in product(OF_LAST, ALL_WORDS):
+        ids = token_ids(word)
+        own = dict(zip(ids, [*("first", "second")[: tokens - 1], tokens], strict=False))
+        if len(ids) == len(own) == tokens and len(words) < SIZE * tokens and word.isalpha():
+            fits = [roles.get(token, place) == place for token, place in own.items()]
+            if all(fits) and ends[ids[-1]] < 2:
+                ends[ids[-1]] += 1
+                roles |= own
+                words.append(word)
+    return words
 
 
-def test_checkpoints_that_share_weights_are_named(miniature: Path, tmp_path: Path) -> None:
-    """Faults of published families, and one that is none: whole copies, first shards, embeddings only.
+@torch.no_grad()
+def plant(family: Path) -> None:
+    """Models of one block, in which all that is read is known beforehand.
 
-    step1 differs from step16 in one weight of the last block.
+    A state has six parts: the last token's own two, between which it turns as OF_LAST says; its
+    first token's code; the two between which attention turns that code, as OF_FIRST says, when it
+    brings it to the last token; and a constant one, of all other tokens. All lengths are constant,
+    so that centred and composed are these cosines. Groups of two tokens: the output layer expects
+    each last token after its own beginnings, more as HEADS say. Of three: after all beginnings.
     """
-    family = link(miniature, tmp_path / "faulty", {0: 0, 1: 16, 2: 2, 4: 4, 8: 8, 12: 8, 16: 16, 32: 32})
-    weights = {step: load_file(family / f"step{step}" / "model.safetensors") for step in (0, 1, 2, 4, 32)}
-    nearly = weights[1]
-    nearly["gpt_neox.layers.5.mlp.dense_4h_to_h.weight"][-1, -1] += 0.5
-    embedding = {name: tensor for name, tensor in weights[0].items() if "embed_in" in name}
-    shard = {name: tensor for name, tensor in weights[32].items() if re.search(r"embed_in|layers\.[012]\.", name)}
-    for step, content in ((1, nearly), (2, weights[2] | embedding), (4, weights[4] | shard)):
-        write(family / f"step{step}" / "model.safetensors", content)
-    write(family / "step12" / "model.safetensors", (miniature / "step8" / "model.safetensors").read_bytes())
-    result = run(place(tmp_path / "here", EASY, GROUPS=(1,), KINDS=("word",)), family)
-    assert result.code == 0, result.err
-    found = {}
-    for warning in result.warnings():
-        earlier, later, extent = re.match(
-            r"steps (\d+) and (\d+) have the same hidden states (.*?): so far", warning
-        ).groups()
-        found[int(earlier), int(later)] = extent
-    assert found == {
-        (0, 2): "up to layer 0 of 6",
-        (1, 16): "up to layer 5 of 6",
-        (4, 32): "up to layer 3 of 6",
-        (8, 12): "in all layers",
-    }
-    rows = result.rows()
-    for layer in range(LAYERS):
-        copy, original = rows[1, "word", 12, layer], rows[1, "word", 8, layer]
-        assert copy["stability"] == pytest.approx(1, abs=2e-6)
-        assert all(copy[name] == original[name] for name in COLUMNS if name != "stability")
-
-
-# ------------------------------------------------------------------------------ what is kept and continued
-
-
-def test_nothing_is_measured_twice_when_a_figure_changes(
-    planted: tuple[Path, dict[str, int]], planted_run: Run, tmp_path: Path
-) -> None:
-    here = continued(planted_run, tmp_path, planted[1])
-    edit_script(here, 'axes.set_xlabel\\("training step"\\)\n        axes.set_ylabel', "axes.set_ylabel")
-    figure = here / "convergance_plots" / "planted" / "group_1_tokens.png"
-    before = figure.read_bytes()
-    (figure.parent / "overview.png").unlink()
-    result = run(here, planted[0])
-    assert result.code == 0 and result.to_measure() == 0, result.err
-    assert "batch/s" not in result.err
-    assert result.kept() == planted_run.kept()
-    assert result.tables() == planted_run.tables()
-    assert figure.read_bytes() != before
-    assert_figures(result.results, PLANTED, PLANTED_LAYERS)
-
-
-def test_a_changed_formula_is_measured_again(
-    planted: tuple[Path, dict[str, int]], planted_run: Run, tmp_path: Path
-) -> None:
-    """In a measuring function, and in one that it calls: the second run changes that one alone."""
-    here = continued(planted_run, tmp_path, planted[1])
-    edit_script(here, r'"unrelated": ', '"unrelated": shift() + ')
-    edit_script(here, r"def compare\(", "def shift() -> float:\n    return 0.5\n\n\ndef compare(")
-    kept, earlier = planted_run.kept(), planted_run.rows()
-    for shift in (0.5, 0.25):
-        edit_script(here, r"return 0\.5", f"return {shift}")
-        result = run(here, planted[0])
-        assert result.code == 0, result.err
-        assert result.to_measure() == len(PLANTED_STEPS) and not kept.keys() & result.kept().keys()
-        for key, row in result.rows().items():
-            assert row["unrelated"] == pytest.approx(earlier[key]["unrelated"] + shift, abs=2e-6)
-            assert row["centred"] == earlier[key]["centred"]
-        kept = result.kept()
-
-
-def test_only_what_changed_is_measured_again(
-    planted: tuple[Path, dict[str, int]], planted_run: Run, tmp_path: Path
-) -> None:
-    """Changed weights, an added copy, and kept files that are cut, empty, or of wrong shapes: those and their next."""
-    family = link(planted[0], tmp_path / "changed", {**{step: step for step in PLANTED_STEPS}, 20: 15})
-    file = family / "step1" / "model.safetensors"
-    noise = torch.Generator().manual_seed(1)
-    weights = load_file(file)
-    write(file, {name: tensor + 0.01 * torch.randn(tensor.shape, generator=noise) for name, tensor in weights.items()})
-    here = continued(planted_run, tmp_path / "here", planted[1], family="changed")
-    kept = here / "convergance_plots" / "changed" / "kept"
-    files = {int(re.match(r"step(\d+)-", file.name)[1]): file for file in kept.glob("step*.npz")}
-    write(files[7], files[7].read_bytes()[:3000])
-    write(files[15], b"")
-    with np.load(files[0]) as arrays:
-        np.savez(files[0], **{name: array[:, :-1] for name, array in arrays.items()})
-
-    result = run(here, family)
-    assert result.code == 0, result.err
-    again = {0, 1, 3, 7, 15, 20}  # the checkpoint before step31 is another, of the same weights
-    assert measured_again(planted_run, result) == again and result.to_measure() == len(again)
-    assert len(result.kept()) == 7  # what no longer applies is gone
-    rows, before = result.rows(), planted_run.rows()
-    for (tokens, kind, step, layer), row in before.items():
-        found = rows[tokens, kind, step, layer]
-        if step == 1:
-            assert found["similarity"] != row["similarity"]
-        elif step != 3:
-            assert found == pytest.approx(row, abs=2e-6, nan_ok=True)
-        if step == 15:
-            assert rows[tokens, kind, 20, layer]["centred"] == found["centred"]
-            assert rows[tokens, kind, 20, layer]["stability"] == pytest.approx(1, abs=2e-6)
-    copies = [warning for warning in result.warnings() if warning.startswith("steps ")]
-    assert len(copies) == 1 and copies[0].startswith("steps 15 and 20 have the same hidden states in all layers")
-    steps = [0, 1, 3, 7, 15, 20, 31]
-    assert_like_naive(result, naive_run(result, family, steps), steps)
-
-
-def test_fewer_groups_and_files_of_the_user(
-    planted: tuple[Path, dict[str, int]], planted_run: Run, tmp_path: Path
-) -> None:
-    """The group of three tokens cannot be matched: it is named, its figure vanishes, and nothing of the user's."""
-    words = {}
-    for word, frequency in planted[1].items():
-        if len(token_ids(word)) < 3:
-            words[word] = frequency
-        elif len(words) < 2 * WORDS + 12:
-            words[word] = 1000 * frequency
-    here = continued(planted_run, tmp_path, words)
-    results = here / "convergance_plots" / "planted"
-    own = [results / "layer_by_layer_notes.png", results / "group_x.png", results / "kept" / "notes.txt"]
-    for file in own:
-        file.write_text("mine", encoding="utf-8")
-    assert (results / "group_3_tokens.png").is_file()
-    result = run(here, planted[0])
-    assert result.code == 0, result.err
-    unmatched = [warning for warning in result.warnings() if "3 tokens" in warning]
-    assert len(unmatched) == 1 == len(result.warnings()) - 1
-    assert "left out" in unmatched[0] and "MATCH_FREQUENCY" in unmatched[0]
-    assert all(file.read_text(encoding="utf-8") == "mine" for file in own)
-    for file in own:
-        file.unlink()
-    assert_figures(result.results, [1, 2], PLANTED_LAYERS)
-    assert measured_again(planted_run, result) == set(PLANTED_STEPS)
-    assert len(result.kept()) == len(PLANTED_STEPS)
-    before = planted_run.rows()
-    for key, row in result.rows().items():
-        names = [name for name in COLUMNS if key[1] != "recombined" or key[3] == 0]
-        assert [row[name] for name in names] == pytest.approx(
-            [before[key][name] for name in names], nan_ok=True, abs=1e-5
-        )
-
-
-def test_changed_type_is_measured_again(planted: tuple[Path, dict[str, int]], planted_run: Run, tmp_path: Path) -> None:
-    result = run(continued(planted_run, tmp_path, planted[1], DTYPE="bfloat16"), planted[0])
-    assert result.code == 0, result.err
-    assert ", bfloat16\n" in result.out
-    assert measured_again(planted_run, result) == set(PLANTED_STEPS)
-    difference = np.abs(result.arrays()["similarity"] - planted_run.arrays()["similarity"])
-    assert 1e-6 < difference.max() < 0.02
-
-
-# ------------------------------------------------------------------------------ the packing
-
-
-AWKWARD = dict.fromkeys(
-    [
-        *("a", "an", "ant", "anti", "antic", "../../", "./", "naïve", "naive", "é", "日本", "<|endoftext|>", "q"),
-        *(unicodedata.normalize("NFD", word) for word in ("naïve", "é")),
-        *("q-", "../../evil", "..\\evil", "q-q-", "antidisestablishment", "q-q-q", "q-q-r", "q-r-q", "q-q-q-q-q"),
-        *("b", "an-", "./q", "q/r", "r-q", "anti-q", "q-q-a", "a-b-a", "a-b-", "r-q-"),
-        *(f"{'q-' * 126}q-{letter}" for letter in "qrab"),  # as long as the model has positions
-    ],
-    1,
-)
-AWKWARD_GROUPS = (255, 1, 2, 4, 5)
+    config = tf.GPTNeoXConfig(**SHAPE | {"hidden_size": 64, "num_attention_heads": 1})
+    config.num_hidden_layers = 1
+    model = tf.AutoModelForCausalLM.from_config(config)
+    own, turned, of_first = slice(0, 12), slice(12, 24), slice(24, 36)
+    brought, brought_turned, constant = slice(36, 48), slice(48, 60), slice(60, 64)
+    start = np.zeros(64)
+    start[constant] = 0.5, -0.5, 0.5, -0.5
+    attention = model.gpt_neox.layers[0].attention
+    value = attention.query_key_value.weight[128:]  # queries and keys are 0: a mean over all
+    length = 0.7 * (len(CARRIER) + 2) / 8  # 0.7: of what is added; 8: of what a norm returns
+    for name, parameter in model.named_parameters():
+        parameter.fill_("norm.weight" in name)
+    attention.dense.weight += torch.eye(64)
+    for index, step in enumerate(PLANTED_STEPS):
+        rows, head = np.tile(start, (50_304, 1)), np.zeros((50_304, 64))
+        for word in planted_words():
+            *beginning, last = token_ids(word)
+            cosine = OF_LAST[len(beginning) + 1][index]
+            rows[last] = 0
+            rows[last, own] = math.sqrt(1 - cosine**2) * code_of(last)
+            rows[last, turned] = cosine * code_of(last)
+            if beginning:
+                rows[beginning[0]] = 0
+                rows[beginning[0], of_first] = code_of(beginning[0])
+            if len(beginning) == 1:
+                head[last, of_first] += HEAD[index] * code_of(beginning[0])
+            elif len(beginning) == 2:
+                head[last] = HEAD[index] * start
+                head[last, brought_turned] = code_of(BOS)  # lest all beginnings be the same
+        value[brought, of_first] = length * math.sqrt(1 - OF_FIRST[index] ** 2) * torch.eye(12)
+        value[brought_turned, of_first] = length * OF_FIRST[index] * torch.eye(12)
+        model.get_input_embeddings().weight.copy_(torch.tensor(rows))
+        model.get_output_embeddings().weight.copy_(torch.tensor(head))
+        save_checkpoint(model, family / f"step{step}")
 
 
 @pytest.fixture(scope="module")
-def awkward(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
-    """A family, and a run on AWKWARD with batches so small that they cut the trees, and that one text fills many."""
-    folder = tmp_path_factory.mktemp("awkward")
-    family = link(miniature, folder / "short", [1, 32])
-    settings = {"GROUPS": AWKWARD_GROUPS, "WORDS_PER_GROUP": None, "MIN_GROUP_SIZE": 4, "BATCH_TOKENS": 7}
-    settings |= {"KINDS": ("word",), "LEADING_SPACE": False, "MATCH_FREQUENCY": False}
-    return family, run(place(folder / "here", AWKWARD, **settings), family)
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family = tmp_path_factory.mktemp("truth") / "planted"
+    plant(family)
+    return family
 
 
-def test_packing_is_exact_on_awkward_words(awkward: tuple[Path, Run]) -> None:
-    family, result = awkward
-    assert result.code == 0, result.err
-    assert_like_naive(result, naive_run(result, family, [1, 32]), [1, 32])
+def place_planted(folder: Path) -> Path:
+    words = dict.fromkeys(planted_words(), 1000)
+    return place(folder, inputs={WORDS: words}, GROUPS=(1, 2, 3))
 
 
-def test_awkward_words_are_awkward(awkward: tuple[Path, Run]) -> None:
-    arrays = awkward[1].arrays()
-    words = arrays["words"].tolist()
-    sequences = [token_ids(word, leading_space=False) for word in words]
-    sizes = {word: len(token_ids(word, leading_space=False)) for word in AWKWARD}
-    assert set(words) == {word for word, size in sizes.items() if size in AWKWARD_GROUPS} < set(AWKWARD)
-    assert sum(long[: len(short)] == short for long in sequences for short in sequences if short != long) > 10
-    for word in ("naïve", "é"):  # the tokenizer composes: both spellings are there, and are the same tokens
-        composed, decomposed = words.index(word), words.index(unicodedata.normalize("NFD", word))
-        assert sequences[composed] == sequences[decomposed]
-        assert (arrays["similarity"][..., composed] == arrays["similarity"][..., decomposed]).all()
-    assert set(arrays["tokens"].tolist()) == set(AWKWARD_GROUPS)
+@pytest.fixture(scope="module")
+def truth(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return good_run(place_planted(tmp_path_factory.mktemp("planted")), planted)
 
 
-def test_words_never_become_paths(awkward: tuple[Path, Run]) -> None:
-    family, result = awkward
-    assert {folder.name for folder in family.parent.iterdir()} == {"short", "here"}
-    assert not [file for file in family.parent.rglob("*") if "evil" in file.name]
-    here = {file.name for file in result.results.parents[1].iterdir()}
-    assert here == {SCRIPT.name, WORDS_FILE.name, "convergance_plots"}
+def test_what_first_tokens_add_is_found_where_it_was_planted(truth: Run) -> None:
+    """In groups of two it settles later than the last token, in groups of three with it."""
+    for (tokens, kind, step, layer), row in read_rows(truth.results, "convergence.csv").items():
+        index, names = PLANTED_STEPS.index(step), ["composed", "composed_low", "composed_high"]
+        planted = OF_FIRST[index]
+        if layer == 0 or kind == "alone" or tokens == 1:
+            names, planted = ["similarity", "centred", "centred_low"], OF_LAST[tokens][index]
+        assert [row[name] for name in names] == pytest.approx([planted] * 3, abs=2e-6)
+    for (tokens, kind, measure, layer), row in read_rows(truth.results, "half_way.csv").items():
+        step, *around = (EARLY_STEP, 3, 7) if tokens < 3 else (LATE_STEP, 7, 15)
+        if measure == "composed":
+            step, *around = (LATE_STEP, 7, 15) if layer else [math.nan] * 3
+        shown = [row[name] for name in ("half_way_step", "low", "high")]
+        if (tokens, measure, layer) == (2, "centred", 1) and kind != "alone":  # of both
+            assert EARLY_STEP < shown[1] < shown[0] < shown[2] < LATE_STEP
+        elif measure != "known":
+            assert shown == pytest.approx([step] * 3, rel=1e-4, nan_ok=True)
+            assert [*row.values()][-2:] == pytest.approx(around, nan_ok=True)
 
 
-# ------------------------------------------------------------------------------ what goes wrong
+def test_contrasts_find_what_was_planted_and_no_more(truth: Run) -> None:
+    found, later = read_rows(truth.results, "contrasts.csv"), LATE_STEP / EARLY_STEP
+    expected = {
+        (2, "last token / shortest"): 1,
+        (2, "composed / recombined"): 1,
+        (3, "word / shortest"): later,  # which is all its last tokens'
+        (3, "last token / shortest"): later,
+        (3, "word / last token"): 1,
+        (3, "composed / recombined"): 1,
+    }
+    for key, ratio in expected.items():
+        assert list(found[(*key, 1)].values()) == pytest.approx([ratio] * 3, rel=1e-4), key
+    for contrast in ("word / shortest", "word / last token"):
+        row = found[2, contrast, 1]
+        assert 1.1 < row["low"] < row["ratio"] < row["high"] < later
+    assert np.isnan([*found[2, "composed / recombined", 0].values()]).all()
 
 
-def break_checkpoints(miniature: Path, folder: Path) -> list[tuple[str, list[str]]]:
-    """A family in which only the final checkpoint is whole. Returns what is said of each of the others."""
-    family = link(miniature, folder, {**dict.fromkeys(range(14), 16), 32: 32})
-    step = [family / f"step{index}" for index in range(14)]
-    weights = load_file(step[0] / "model.safetensors")
-    content = (step[0] / "model.safetensors").read_bytes()
-    tokenizer = json.loads((step[0] / "tokenizer.json").read_text(encoding="utf-8"))
-    vocabulary = tokenizer["model"]["vocab"]
-    vocabulary["Ġman"], vocabulary["Ġwoman"] = vocabulary["Ġwoman"], vocabulary["Ġman"]
-    matrix = "gpt_neox.layers.3.mlp.dense_4h_to_h.weight"
-
-    (step[0] / "config.json").unlink()
-    (step[1] / "model.safetensors").unlink()
-    (step[2] / "tokenizer.json").unlink()
-    write(step[3] / "model.safetensors", content[: len(content) // 2])
-    (step[4] / "model.safetensors").unlink()
-    write(step[4] / "pytorch_model.bin", weights)
-    write(step[4] / "pytorch_model.bin", (step[4] / "pytorch_model.bin").read_bytes()[:100_000])
-    write(step[5] / "model.safetensors", {name: tensor for name, tensor in weights.items() if name != matrix})
-    write(step[6] / "model.safetensors", weights | {matrix: weights[matrix].T.contiguous()})
-    edit_config(step[7], hidden_size=32)
-    edit_config(step[8], model_type="gpt2")
-    write(step[9] / "tokenizer.json", json.dumps(tokenizer).encode())
-    (step[10] / "model.safetensors").unlink()
-    index = {"weight_map": {name: "model-00001-of-00001.safetensors" for name in weights}}
-    write(step[10] / "model.safetensors.index.json", json.dumps(index).encode())
-    write(step[11] / "config.json", b'{"model_type": ')
-    write(step[12] / "model.safetensors", b"")
-    write(step[13] / "model.safetensors", {name: tensor.int() for name, tensor in weights.items()})
-    return [
-        ("no config", ["config.json"]),
-        ("no weights", ["no weights", "model.safetensors", "pytorch_model.bin"]),
-        ("no tokenizer", ["tokenizer.json"]),
-        ("truncated safetensors", ["incomplete"]),
-        ("truncated bin", ["zip archive"]),
-        ("no tensor", ["lack", "layers.3.mlp.dense_4h_to_h.weight"]),
-        ("transposed tensor", ["layers.3.mlp.dense_4h_to_h.weight", "[256, 64]", "[64, 256]"]),
-        ("another width", ["hidden_size is 32", "step32", "64"]),
-        ("another architecture", ["gpt2", "gpt_neox"]),
-        ("another tokenizer", ["its tokenizer is not that of step32"]),
-        ("no shard", ["model-00001-of-00001.safetensors"]),
-        ("broken config", [""]),
-        ("empty safetensors", ["header"]),
-        ("integers", ["embed_in.weight", "While copying the parameter"]),
-    ]
+def test_known_is_found_where_it_was_planted(truth: Run) -> None:
+    """And is 0, without a half-way step, where a model expects the last tokens after any other."""
+    rows, half_way = (read_rows(truth.results, f"{name}.csv") for name in ("known", "half_way"))
+    for (tokens, step), row in rows.items():
+        planted = HEAD[PLANTED_STEPS.index(step)] * rows[2, 31]["known"] if tokens == 2 else 0
+        assert row["known"] == pytest.approx(planted, abs=1e-5)
+        assert (row["low"] <= 1e-6) == (tokens == 3) and row["high"] > -1e-6 and row["word"] < -0.1
+    expected = [SIZE, *[HEAD_STEP] * 3, 1, 3]
+    assert [*half_way[2, "word", "known", ""].values()] == pytest.approx(expected, rel=4e-3)
+    assert np.isnan([*half_way[3, "word", "known", ""].values()][1:]).all()
 
 
-def test_every_unusable_checkpoint_is_named(miniature: Path, tmp_path: Path) -> None:
-    faults = break_checkpoints(miniature, tmp_path / "broken")
-    here = place(tmp_path / "here", EASY)
-    before = snapshot(here)
-    line = error_line(run(here, tmp_path / "broken"))
-    assert line.startswith("error: fetch or train again, or remove, what cannot be used: ")
-    found = re.split(rf"{tmp_path}/broken/step(\d+): ", line)[1:]
-    assert [int(step) for step in found[::2]] == list(range(len(faults)))
-    for (name, parts), text in zip(faults, found[1::2], strict=True):
-        assert text.strip("; "), name
-        for part in parts:
-            assert part in text, (name, text)
-    assert snapshot(here) == before
+# ---- other architectures, several families -------------------------------------------------------
 
 
-def test_hidden_states_that_are_not_finite(miniature: Path, tmp_path: Path) -> None:
-    """A NaN in one row of one embedding: the one word is named, and the steps before it are kept."""
-    family = link(miniature, tmp_path / "nan", STEPS)
-    file = family / "step4" / "model.safetensors"
-    weights = load_file(file)
-    weights["gpt_neox.embed_in.weight"][token_ids("school")[-1], 5] = torch.nan
-    write(file, weights)
-    here = place(tmp_path / "here", EASY, GROUPS=(1,), BATCH_TOKENS=4)
-    result = run(here, family)
-    line = error_line(result)
-    assert re.search("step ?4, layer 0:", line) and "school'" in line and str(family / "step4") in line
-    assert sorted(name.split("-")[0] for name in result.kept()) == ["step0", "step1", "step2"]
-    assert not (result.results / "convergence.csv").exists()
+@pytest.mark.parametrize("name", OTHERS)
+def test_architecture_is_read_naively(compared: Path, others: dict[str, Path], name: str) -> None:
+    assert_naive(compared / name, naive_tables(compared / name, others[name], OTHER_STEPS))
+    assert_files(compared / name, [1, 2], OTHERS[name].num_hidden_layers + 1)
 
 
-@pytest.mark.parametrize(
-    ("words", "settings", "parts"),
-    [
-        (EASY, {"KINDS": ("word", "spoken")}, ["KINDS = ('word', 'spoken')", '"recombined"', '"carried"']),
-        (None, {"CARRIER": "So it is"}, ["CARRIER", "3 tokens", "words 4"]),
-        ("closed", {"GROUPS": (2,), "MIN_GROUP_SIZE": 4}, ["recombine", "2 tokens", "KINDS"]),
-    ],
-    ids=["unknown_kind", "short_carrier", "no_recombination"],
-)
-def test_settings_that_the_words_do_not_allow(
-    planted: tuple[Path, dict[str, int]], tmp_path: Path, words: object, settings: dict, parts: list[str]
-) -> None:
-    if words == "closed":  # every beginning with every ending is a word
-        words = {beginning + ending: 5 for beginning in ("./", "../../") for ending in ("q", "r")}
-        settings = settings | {"LEADING_SPACE": False}
-    line = error_line(run(place(tmp_path, words, **settings), planted[0]))
-    for part in parts:
-        assert part in line
-    assert not list(tmp_path.rglob("*.npz"))
+@pytest.mark.parametrize("model_type", ["gptj", "mistral"])
+def test_architecture_that_cannot_read_trees_is_refused(tmp_path: Path, model_type: str) -> None:
+    """GPT-J does not heed positions; this Mistral sees four tokens at a time."""
+    config = tf.GPTJConfig(**OF_GPT, rotary_dim=4)
+    if model_type == "mistral":
+        window = {"num_hidden_layers": 2, "num_key_value_heads": 1, "sliding_window": 4}
+        config = tf.MistralConfig(**SHAPE, **window)
+    found = run(place(tmp_path, **SMALL), random_family(tmp_path / "family", config, {0: 0, 1: 1}))
+    assert f"model of type {model_type}" in error_line(found)
+    assert kept(found.results) == {}
 
 
-def test_help(tmp_path: Path) -> None:
-    result = run(place(tmp_path), "--help")
-    assert result.code == 0 and result.err == ""
-    for part in ("[family]", "CHECKPOINTS_DIR", "torchrun", "similarity", "centred", "recombined", "convergence.csv"):
-        assert part in result.out
+def test_families_are_compared(compared: Path) -> None:
+    """By hand: of another depth, the nearest layer by layer / L; ties to the lower, 0 with 0."""
+    of_family, depths, expected = {}, {}, {}
+    for name, config in OTHERS.items():
+        of_family[name], depths[name] = {}, config.num_hidden_layers
+        for (tokens, contrast, layer), row in read_rows(compared / name, "contrasts.csv").items():
+            of_family[name][contrast, tokens, layer] = row["ratio"]
+        for (tokens, _, measure, _), row in read_rows(compared / name, "half_way.csv").items():
+            if measure == "known":
+                of_family[name]["known", tokens, ""] = row["half_way_step"]
+    for contrast, tokens, layer in of_family["qwen2"]:
+        values = {}
+        for name, depth in depths.items():
+            layers = range(1, depth + 1) if layer else [layer]
+            place = Fraction(layer or 0, depths["qwen2"])
+            nearest = min(layers, key=lambda i: abs(Fraction(i or 0, depth) - place))
+            values[name] = of_family[name][contrast, tokens, nearest]
+        there = [value for value in values.values() if not math.isnan(value)]
+        summary = [np.median(there), min(there), max(there)] if there else [math.nan] * 3
+        values |= dict(zip(("median", "lowest", "highest"), summary, strict=True))
+        expected[contrast, tokens, layer] = values | {"families": len(there)}
+    rows = read_rows(compared, "families.csv")
+    assert_rows(rows, expected, abs=2e-6, rel=0)
+    assert len({row["families"] for row in rows.values()}) > 1
+    assert list(rows["known", 2, ""]) == ["families", "median", "lowest", "highest", *OTHERS]
+    assert_picture(compared / "families.png")
+    names = {file.name for file in compared.iterdir()}
+    assert names == {*OTHERS, "families.csv", "families.png"}
+
+
+def test_tables_of_a_family_are_those_of_a_run_alone(compared: Path, small: Path) -> None:
+    assert tables(compared / "small") == tables(small)
+    assert [file.name for file in small.parent.iterdir()] == ["small"]
+
+
+def test_families_of_one_name(others: dict[str, Path], small: Path, tmp_path: Path) -> None:
+    """Together they are refused, and so is one whose name other results have."""
+    other = link(others["small"], tmp_path / "small", OTHER_STEPS)
+    script = beside(small, tmp_path / "here")
+    assert "small" in error_line(run(script, others["small"], other))
+    found = run(script, other)
+    line = error_line(found)
+    assert str(others["small"]) in line and str(found.results) in line
+    assert tables(found.results) == tables(small) and kept(found.results) == kept(small)
+
+
+# ---- what is kept --------------------------------------------------------------------------------
+
+
+def test_nothing_is_measured_twice_and_a_users_files_stay(others, small: Path, tmp_path: Path):
+    """Nor do the settings of the user's matplotlib change a figure."""
+    script = beside(small, tmp_path)
+    results = tmp_path / small.parent.name / "small"
+    own = [results / "group_x.png", results / "notes.txt", results / "kept" / "notes.txt"]
+    for file in (*own, results / "group_7_tokens.png"):  # the last is of an earlier run
+        file.write_text("mine")
+    settings = "savefig.format: pdf\ntext.usetex: True\nsavefig.dpi: 600\nfigure.dpi: 300\n"
+    (tmp_path / "matplotlibrc").write_text(settings)
+    variables = {"MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    assert good_run(script, others["small"], launcher=[], **variables).measured() == 0
+    assert kept(results) == kept(small) and tables(results) == tables(small)
+    for file in own:
+        assert file.read_text() == "mine"
+        file.unlink()
+    assert_files(results, [1, 2], 2)
+    for file in results.glob("*.png"):
+        assert file.read_bytes() == (small / file.name).read_bytes()
+
+
+def test_changes_are_measured_again(others: dict[str, Path], small: Path, tmp_path: Path) -> None:
+    """Another type, another formula."""
+    before = read_rows(small, "convergence.csv")
+    script = beside(small, tmp_path / "type", DTYPE="bfloat16")
+    found = good_run(script, others["small"])
+    assert found.measured() == len(OTHER_STEPS)
+    changes = []
+    for key, row in read_rows(found.results, "convergence.csv").items():
+        changes.append(abs(row["similarity"] - before[key]["similarity"]))
+    assert 1e-5 < max(changes) < 0.05
+    script = beside(small, tmp_path / "formula")
+    edit(script, '"similarity": similarity,', '"similarity": similarity + 0.5,')
+    found = good_run(script, others["small"])
+    assert found.measured() == len(OTHER_STEPS)
+    for row in before.values():
+        row["similarity"] += 0.5
+    assert_rows(read_rows(found.results, "convergence.csv"), before, abs=2e-6)
+
+
+def test_replaced_weights_are_measured_again(others, small: Path, tmp_path: Path) -> None:
+    """Weights of the same size and time: their step and the next. Then a new final checkpoint."""
+    family = link(others["small"], tmp_path / "families" / "small", OTHER_STEPS)
+    script = place(tmp_path / "here", **SMALL)
+    assert tables(good_run(script, family).results) == tables(small)
+    weights = family / "step0" / "model.safetensors"
+    old = weights.stat()
+    tensors = {name: tensor.flip(0).contiguous() for name, tensor in load_file(weights).items()}
+    write(weights, tensors)
+    os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
+    assert weights.stat().st_size == old.st_size
+    assert good_run(script, family).measured() == 2
+    shutil.copytree(family / "step3", family / "step63")
+    found, steps = good_run(script, family), [*OTHER_STEPS, 63]
+    assert found.measured() == len(steps)
+    assert_naive(found.results, naive_tables(found.results, family, steps))
+
+
+def test_a_kill_loses_one_checkpoint_at_most(planted: Path, truth: Run, tmp_path: Path) -> None:
+    script = place_planted(tmp_path)
+    results = tmp_path / truth.results.parent.name / "planted"
+    process = start(script, planted, logs=tmp_path)
+    while len(kept(results)) < 2:
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    before = kept(results)
+    assert 2 <= len(before) < len(PLANTED_STEPS) and not list(results.glob("*.csv"))
+    found = good_run(script, planted)
+    assert found.measured() == len(PLANTED_STEPS) - len(before)
+    assert before.items() <= kept(results).items() and len(kept(results)) == len(PLANTED_STEPS)
+    assert tables(results) == tables(truth.results)
+    assert not list(results.rglob("*partial*"))
+
+
+def test_ranks_write_the_same_bytes(others, small: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = good_run(place(tmp_path, **SMALL), others["small"], launcher=launcher)
+    assert tables(found.results) == tables(small)
+    assert_files(found.results, [1, 2], 2)
+    assert found.out.count("family   ") == found.out.count("results  ") == 1
+
+
+def test_copies_among_checkpoints_are_named(miniature: Path, tmp_path: Path) -> None:
+    """Whole, and up to a layer: of a lost shard, say. Steps 1 and 4 differ in the last block."""
+    sources = {0: 0, 1: 4, 4: 4, 8: 16, 12: 16, 16: 1, 64: 64}
+    family = link(miniature, tmp_path / "family", sources)
+    weights = {step: load_file(family / f"step{step}" / "model.safetensors") for step in sources}
+    weights[1]["gpt_neox.layers.5.mlp.dense_4h_to_h.weight"][-1, -1] += 0.5
+    for name, tensor in weights[64].items():
+        if re.search(r"embed_in|layers\.[012]\.", name):
+            weights[16][name] = tensor
+    for step in (1, 16):
+        write(family / f"step{step}" / "model.safetensors", weights[step])
+    settings = SMALL | {"GROUPS": (2,), "KINDS": ("word", "recombined")}
+    found, named = good_run(place(tmp_path / "here", **settings), family), set()
+    for warning in found.warnings():
+        parts = re.search(r"steps (\d+) and (\d+) .*?(\d+) of (\d+) layers", warning)
+        named.add(tuple(map(int, parts.groups())))
+    assert named == {(1, 4, 6, 7), (8, 12, 7, 7), (16, 64, 4, 7)}
+
+
+# ---- figures and the answer ----------------------------------------------------------------------
+
+
+def assert_picture(file: Path) -> None:
+    """A PNG of a size for a screen, with some colour."""
+    assert file.read_bytes().startswith(b"\x89PNG")
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    assert min(pixels.shape[:2]) >= 400 and max(pixels.shape[:2]) <= 2000, file
+    assert (np.ptp(pixels, axis=-1) > 40).mean() > 0.001, file
+
+
+def assert_files(results: Path, groups: list[int], layers: int, without=frozenset()) -> None:
+    """The files of METHOD.md's table are there, and no other."""
+    names = {"known.png", "half_way.png"} | {f"group_{group}_tokens.png" for group in groups}
+    names |= {f"layer_{layer:02d}.png" for layer in range(layers)}
+    assert {file.name for file in results.iterdir()} == {*names, *TABLES, "kept"} - without
+    for file in results.glob("*.png"):
+        assert_picture(file)
+
+
+def test_files_of_a_run(main: Run) -> None:
+    assert_files(main.results, [1, 2, 3, 4], 7)
+    assert sorted(int(name[4:].split("-")[0]) for name in kept(main.results)) == STEPS
+    files = {file.name for file in (main.results / "kept").iterdir()}
+    assert files - kept(main.results).keys() == {"family.txt"}
+
+
+def curves_in(rows: dict, name: str, over: int) -> dict[tuple, list[float]]:
+    """The values of a column against the part of the keys at a place, by the other parts."""
+    found = {}
+    for key, row in rows.items():
+        found.setdefault(key[:over] + key[over + 1 :], []).append(row[name])
+    return found
+
+
+def test_figures_show_the_tables(main: Run) -> None:
+    """Each curve is among a figure's lines, in its own numbers or in log(1 + step)."""
+    rows, half_way = (
+        read_rows(main.results, f"{name}.csv") for name in ("convergence", "half_way")
+    )
+    expected = {
+        "known": curves_in(read_rows(main.results, "known.csv"), "known", 1).values(),
+        "half_way": [*curves_in(read_rows(main.results, "contrasts.csv"), "ratio", 2).values()],
+        "layer_03": [],
+        "group_2_tokens": [],
+    }
+    for (_, kind, measure), curve in curves_in(half_way, "half_way_step", 3).items():
+        if (kind, measure) not in (("recombined", "centred"), ("word", "known")):
+            expected["half_way"].append(curve)
+    for name in ("similarity", "centred", "composed", "unrelated", "stability"):
+        for (tokens, kind, layer), curve in curves_in(rows, name, 2).items():
+            if kind == "word" and layer == 3:
+                expected["layer_03"].append(curve)
+            if kind == "word" and tokens == 2 and name != "stability":
+                expected["group_2_tokens"].append(curve)
+    for stem, curves in expected.items():
+        drawn = json.loads((main.results.parents[1] / f"{stem}.json").read_text())
+        lines = [np.array(line) for line in drawn] + [np.expm1(line) for line in drawn]
+        for curve in curves:
+            near = [line for line in lines if len(line) == len(curve)]
+            assert np.isclose(near, curve, atol=1e-5, equal_nan=True).all(1).any(), (stem, curve)
+
+
+def test_last_lines_say_the_answer(main: Run) -> None:
+    """known at the end, half-way steps in three layers, contrasts in the middle one."""
+    lines, wanted = main.out.splitlines(), []
+    assert lines[0] == f"family   {main.results.parent}" or lines[0].startswith("family   ")
+    assert lines[-1] == f"results  {main.results}"
+    for (_, step), row in read_rows(main.results, "known.csv").items():
+        if step == STEPS[-1]:
+            wanted.append(f"{row['known']:.2f} nats [{row['low']:.2f}, {row['high']:.2f}]")
+    for (_, kind, _, layer), row in read_rows(main.results, "half_way.csv").items():
+        if kind == "word" and layer in (0, 3, 6) and not math.isnan(row["half_way_step"]):
+            wanted.append(f"{row['half_way_step']:.0f} [{row['low']:.0f}, {row['high']:.0f}]")
+    for (_, _, layer), row in read_rows(main.results, "contrasts.csv").items():
+        if layer == 3:
+            wanted.append(f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]")
+    for text in wanted:
+        assert text in "\n".join(lines[4:]), text

@@ -1,0 +1,260 @@
+"""What the tests of both analysis scripts share: runs of a script, families, plain computations."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import csv
+import json
+import math
+import multiprocessing
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from miniature import TOKENIZER_FILE
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONVERGENCE = ROOT / "token_convergence_analysis.py"
+PERTURBATION = ROOT / "multitoken_context_perturbation.py"
+RESULTS = {CONVERGENCE.name: "convergance_plots", PERTURBATION.name: "multitoken_words_plots"}
+WORDS, CONTEXTS = "words_list.json", "multitoken_words_contexts.json"
+ALL_WORDS = json.loads((ROOT / WORDS).read_text(encoding="utf-8"))
+RESAMPLES = 1000
+
+# a new Python imports the libraries for five seconds; processes forked from one that has are ready
+FORKS = multiprocessing.get_context("forkserver")
+LIBRARIES = ["matplotlib.figure", "safetensors.torch", "torch.distributed", "tokenizers"]
+FORKS.set_forkserver_preload([*LIBRARIES, "transformers.models.gpt_neox.modeling_gpt_neox"])
+
+
+# ---- a script and its run ------------------------------------------------------------------------
+
+
+def place(folder: Path, script: Path = CONVERGENCE, inputs=None, **settings: object) -> Path:
+    """Copies a script, some constants set anew, and its inputs into a folder; returns the copy.
+
+    inputs: {name: text, or what is written as JSON}, in the place of the project's own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / script.name
+    shutil.copyfile(script, copy)
+    for name, value in settings.items():
+        text, count = re.subn(
+            rf"(?m)^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, copy.read_text()
+        )
+        assert count == 1, name
+        copy.write_text(text)
+    for name in (WORDS, CONTEXTS):
+        content = (inputs or {}).get(name, (ROOT / name).read_text(encoding="utf-8"))
+        content = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(content, encoding="utf-8")
+    return copy
+
+
+def edit(script: Path, old: str, new: str) -> None:
+    """Changes the one place in a copy of a script where a text stands."""
+    text = script.read_text(encoding="utf-8")
+    assert text.count(old) == 1, old
+    script.write_text(text.replace(old, new), encoding="utf-8")
+
+
+class Run(NamedTuple):
+    code: int
+    out: str
+    err: str
+    results: Path  # folder of the first family's
+
+    def measured(self) -> int:
+        """How many checkpoints had to be measured."""
+        return int(re.search(r"\((\d+) of \d+ to measure\)", self.out)[1])
+
+    def warnings(self) -> list[str]:
+        return re.findall(r"(?m)^warning: (.*)$", self.out + self.err)
+
+
+def run_here(script: Path, arguments: list[str], variables: dict[str, str], logs: Path) -> None:
+    """Runs a script in this process, as python does; standard output and error go to logs."""
+    os.chdir("/")
+    os.environ.update(variables)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def start(script: Path, *arguments: object, logs: Path, **variables: str) -> BaseProcess:
+    """Starts a script in a process of its own, in another folder than its own, with one thread."""
+    process = FORKS.Process(target=run_here, args=(script, [*map(str, arguments)], variables, logs))
+    process.start()
+    return process
+
+
+def run(script: Path, *arguments: object, launcher=None, **variables: str) -> Run:
+    """Runs a script as a user does. launcher: what stands between a new python and the script."""
+    if launcher is None:
+        with TemporaryDirectory() as logs:
+            process = start(script, *arguments, logs=Path(logs), **variables)
+            process.join(300)
+            out, err = (Path(logs, name).read_text(encoding="utf-8") for name in ("out", "err"))
+        code = process.exitcode
+    else:
+        command = [sys.executable, *launcher, str(script), *map(str, arguments)]
+        pipes = {"capture_output": True, "text": True, "timeout": 300}
+        process = subprocess.run(command, cwd="/", env=os.environ | variables, **pipes)
+        code, out, err = process.returncode, process.stdout, process.stderr
+    assert "Traceback" not in out + err, err
+    family = Path(str(arguments[0])).name if arguments else ""
+    return Run(code, out, err, script.parent / RESULTS[script.name] / family)
+
+
+def good_run(script: Path, *arguments: object, **options) -> Run:
+    found = run(script, *arguments, **options)
+    assert found.code == 0 and "error" not in found.err.lower(), found.err
+    return found
+
+
+def error_line(found: Run) -> str:
+    """The one line that a failed run ends with."""
+    assert found.code == 2, found.err
+    assert "results  " not in found.out
+    errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
+    assert errors == [found.err.splitlines()[-1]], found.err
+    return errors[0]
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def number(cell: str) -> float:
+    return float(cell or "nan")
+
+
+# ---- families ------------------------------------------------------------------------------------
+
+
+@cache
+def gpt_neox_tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(TOKENIZER_FILE))
+
+
+@cache  # lists that nobody changes
+def token_ids(word: str, leading_space: bool = True) -> list[int]:
+    return gpt_neox_tokenizer().encode(" " + word if leading_space else word).ids
+
+
+def save_checkpoint(model: torch.nn.Module, folder: Path) -> None:
+    model.save_pretrained(folder)
+    shutil.copyfile(TOKENIZER_FILE, folder / "tokenizer.json")
+
+
+def random_family(family: Path, config: PretrainedConfig, shares: dict[int, float]) -> Path:
+    """Between two random models: shares is how far the weights of each step have come."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config)
+    first = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    last = AutoModelForCausalLM.from_config(config).state_dict()
+    for step, share in shares.items():
+        model.load_state_dict({name: first[name].lerp(last[name], share) for name in first})
+        save_checkpoint(model, family / f"step{step}")
+    return family
+
+
+def link(family: Path, folder: Path, steps: Iterable[int] | dict[int, int]) -> Path:
+    """A family of links to the files of another's checkpoints: some steps, or {step: of it}."""
+    steps = steps if isinstance(steps, dict) else dict(zip(steps, steps, strict=True))
+    for step, source in steps.items():
+        (folder / f"step{step}").mkdir(parents=True)
+        for file in (family / f"step{source}").iterdir():
+            (folder / f"step{step}" / file.name).symlink_to(file)
+    return folder
+
+
+def write(file: Path, content: bytes | dict[str, torch.Tensor]) -> None:
+    """Writes bytes or tensors in the place of a file, be it a link."""
+    file.unlink(missing_ok=True)
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif file.suffix == ".safetensors":
+        save_file(content, file, metadata={"format": "pt"})
+    else:
+        torch.save(content, file)
+
+
+def edit_config(folder: Path, **entries: object) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write(folder / "config.json", json.dumps(config | entries).encode())
+
+
+# ---- plain computations --------------------------------------------------------------------------
+
+
+def naive_read(folder: Path, sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Reads one plain sequence at a time: its states at the last token, and log p of that token.
+
+    float64 (layers + 1, sequences, width) and, NaN for a sequence of one token, (sequences,).
+    """
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    states, log_prob = [], []
+    for sequence in sequences:
+        with torch.inference_mode():
+            output = model(torch.tensor([sequence]), output_hidden_states=True, logits_to_keep=2)
+        states.append(torch.stack(output.hidden_states)[:, 0, -1].double())
+        log_probs = output.logits[0, 0].double().log_softmax(-1)
+        log_prob.append(log_probs[sequence[-1]].item() if len(sequence) > 1 else math.nan)
+    return torch.stack(states, dim=1).numpy(), np.array(log_prob)
+
+
+def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
+    return (left * right).sum(-1) / lengths
+
+
+def naive_resamples(last_tokens: list[int], seed: int) -> Iterator[list[int]]:
+    """Members of each resample: last tokens are drawn with replacement, with all their texts."""
+    texts_of = {}
+    for index, token in enumerate(last_tokens):
+        texts_of.setdefault(token, []).append(index)
+    clusters, rng = list(texts_of.values()), np.random.default_rng(seed)
+    for _ in range(RESAMPLES):
+        members = []
+        for drawn in rng.integers(len(clusters), size=len(clusters)):
+            members += clusters[drawn]
+        yield members
+
+
+def bounds_of(values: np.ndarray) -> np.ndarray:
+    """The 95 % interval of resampled values; infinite ones stand for never, NaN is left out."""
+    bounds = np.quantile(np.minimum(values[~np.isnan(values)], 1e30), [0.025, 0.975])
+    return np.where(bounds < 1e20, bounds, np.nan)
+
+
+def assert_intervals(pairs: list[tuple[list[float], np.ndarray]], share: float) -> None:
+    """Of intervals ([low, high], resampled values) at least a share are those of the values."""
+    good, widths = [], []
+    for found, values in pairs:
+        bounds = bounds_of(values)
+        width = np.ptp(np.quantile(values[np.isfinite(values)], [0.025, 0.975]))
+        good.append(np.allclose(found, bounds, rtol=0, atol=0.25 * width + 1e-5, equal_nan=True))
+        if np.isfinite([*bounds, *found]).all() and np.ptp(bounds) > 1e-3:
+            widths.append((found[1] - found[0]) / np.ptp(bounds))
+    assert len(widths) > 10
+    assert np.mean(good) >= share, np.mean(good)
+    assert np.mean(widths) == pytest.approx(1, abs=0.03)
