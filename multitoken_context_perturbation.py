@@ -81,7 +81,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 MEANS = ("P1", "P2", "P1-P2", "same_word", "same_non_word", "cross")  # over words, with intervals
 MEANS += ("word_share", "non_word_share", "gain")
 HEAD = r"(lm_head|embed_out)\..*"  # names of the output layer's tensors
-MAY_DIFFER = HEAD + r"|.*\.(attention\.bias|masked_bias|inv_freq)"  # among tensors, and configs:
+MAY_DIFFER = HEAD + r"|.*\.((attention|attn)\.bias|masked_bias|inv_freq)"  # old buffers; configs:
 MAY_DIFFER += "|architectures|dtype|transformers_version|use_cache|_name_or_path"
 LAYER_LABEL = "layer (0 = token embedding, last = after the final norm)"
 

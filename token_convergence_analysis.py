@@ -95,7 +95,7 @@ CONTRASTS = {  # (kind, measure) of the half-way steps whose ratio is taken
     "composed / recombined": (("word", "composed"), ("recombined", "composed")),  # likewise
 }
 HEAD = r"(lm_head|embed_out)\..*"  # names of the output layer's tensors
-MAY_DIFFER = HEAD + r"|.*\.(attention\.bias|masked_bias|inv_freq)"  # among tensors, and configs:
+MAY_DIFFER = HEAD + r"|.*\.((attention|attn)\.bias|masked_bias|inv_freq)"  # old buffers; configs:
 MAY_DIFFER += "|architectures|dtype|transformers_version|use_cache|_name_or_path"
 LAYER_LABEL = "layer (0 = token embedding, last = after the final norm)"
 
@@ -321,14 +321,14 @@ def choose_texts(words: dict[str, float], tokenizer: Tokenizer) -> tuple[list[Te
     for tokens, group in draw_words(words, tokenizer).items():
         read, references = {"word": [text.token_ids for text in group]}, []
         if tokens > 1:
-            count = REFERENCES if {"word", "recombined"} & set(KINDS) else 0
-            made = recombine(read["word"], 1 + count, tokenizer, folded)
-            advice = f"add words to {WORDS_FILE}, or lower REFERENCES"
-            assert len(made) == 1 + count, f"{tokens}-token words make too few strings: {advice}"
-            read["recombined"] = made.pop()
+            wanted = ["recombined"] if "recombined" in KINDS else []
+            if {"word", "recombined"} & set(KINDS):
+                wanted += [f"reference {number}" for number in range(1, REFERENCES + 1)]
+            made = recombine(read["word"], len(wanted), tokenizer, folded)
+            advice = f'add words to {WORDS_FILE}, lower REFERENCES or drop "recombined" from KINDS'
+            assert len(made) == len(wanted), f"{tokens}-token words make too few strings: {advice}"
+            read |= dict(zip(wanted, made, strict=True))
             read["alone"] = [text.token_ids[-1:] for text in group]
-            for number, sequences in enumerate(made, 1):
-                read[f"reference {number}"] = sequences
         for kind, sequences in read.items():
             rows = slice(len(texts), len(texts) + len(group))
             if kind.startswith("reference"):
