@@ -142,24 +142,27 @@ def weight_files(folder: Path) -> list[Path]:
 
 def describe(folder: Path) -> tuple[dict[str, object], dict[str, tuple]]:
     """A checkpoint's config, and the shapes of its tensors, from the headers of its files."""
+    assert (folder / "config.json").exists(), "it has no config.json"
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     shapes, files = {}, weight_files(folder)
     assert files, "it has no weights, model*.safetensors or pytorch_model*.bin"
+    for index in folder.glob(f"*{files[0].suffix}.index.json"):
+        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values():
+            assert (folder / name).exists(), f"{name} is missing"
     for file in files:
-        with file.open("rb") as stream:
-            pointer = stream.read(7) == b"version"
-        assert not pointer, f"{file.name} is a Git LFS pointer: run git lfs pull"
-        if file.suffix == ".bin":
-            try:
-                tensors = torch.load(file, mmap=True, weights_only=True)
-            except UnpicklingError as error:
-                advice = "holds more than tensors: save the model as safetensors"
-                raise AssertionError(f"{file.name} {advice}") from error
-            shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        else:
-            with safe_open(file, "pt") as tensors:  # refuses a file that is cut
-                names = tensors.keys()
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+        with blame(file.name), file.open("rb") as stream:
+            assert stream.read(7) != b"version", "it is a Git LFS pointer: run git lfs pull"
+            if file.suffix == ".bin":
+                try:
+                    tensors = torch.load(file, "meta", mmap=True, weights_only=True)
+                except UnpicklingError as error:
+                    advice = "it holds more than tensors: save the model as safetensors"
+                    raise AssertionError(advice) from error
+                shapes |= {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            else:
+                with safe_open(file, "pt") as tensors:  # refuses a file that is cut
+                    for name in tensors.keys():  # noqa: SIM118, it is no dict
+                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
     return config.to_dict(), shapes
 
 
@@ -187,7 +190,6 @@ def check_checkpoints(checkpoints: dict[int, Path]) -> None:
 
 
 def clean(text: str) -> str:
-    """A text without white space around it, in Unicode's form NFC."""
     return unicodedata.normalize("NFC", text.strip())
 
 
@@ -201,8 +203,7 @@ def encode_words(words: list[str], tokenizer: Tokenizer) -> list[tuple[int, ...]
 def recombine(sequences: list, count: int, tokenizer: Tokenizer, words: set[str]) -> list[list]:
     """Puts the last token of each sequence after the first tokens of another, count times.
 
-    Every beginning is used once. Strings that are words, or that the tokenizer would read in
-    another way, exchange their beginnings with others until there are none.
+    What makes words, or would be read in another way, exchanges beginnings until nothing does.
     """
     rng = np.random.default_rng([SEED, len(sequences[0])])
     order, fits, found = rng.permutation(len(sequences)), {}, []  # whose beginning each gets
@@ -249,10 +250,9 @@ def find_fault(text: str, ids: tuple, word: str, own: tuple, base: tuple, pertur
 
 
 def read_entries(file: Path, tokenizer: Tokenizer) -> tuple[dict[str, tuple], set[str]]:
-    """What CONTEXTS_FILE holds. What measures something else is left out and named.
+    """{word: (its token ids, sentences, perturbed versions)}, (string, token ids) each; all words.
 
-    Returns {word: (its token ids, sentences, perturbed versions)}, (string, token ids) each; and
-    all words, last words of perturbed versions included.
+    What measures something else is left out and named.
     """
     listed = json.loads(file.read_text(encoding="utf-8-sig"))
     assert isinstance(listed, dict) and listed, 'expected {"word": {"sentences": [...]}, ...}'
@@ -314,9 +314,8 @@ COSINES = ("P1", "P2", "same_word", "same_non_word", "cross", "unrelated")  # se
 def prefix_trees(sequences: list[tuple[int, ...]], batch_tokens: int) -> list[tuple]:
     """Packs token sequences into prefix trees, in which every distinct prefix stands once.
 
-    A causal model's hidden state depends on the prefix alone. So the prefixes, a tree's nodes, form
-    one input in which each attends to its ancestors and itself, at the position of its depth. For
-    each tree: inputs, rows of its sequences, the last node of each, the node before that or -1.
+    A causal model's state depends on the prefix alone, so each attends to its ancestors and itself.
+    For each tree: inputs, rows of its sequences, the last node of each, the node before it or -1.
     """
     nodes, rows = {}, []  # of a tree: {prefix: its node}, and its sequences among all
     packs = [(nodes, rows)]
@@ -365,7 +364,8 @@ def check_trees(model: torch.nn.Module, inputs: dict[str, Tensor], states: Tenso
     expected = model(alone, use_cache=False, output_hidden_states=True).hidden_states[-1][0, -1]
     cosine = torch.cosine_similarity(states[node].float(), expected.float(), dim=0)
     enough = 0.99999 if DTYPE == "float32" else 0.99
-    assert cosine > enough, f"a model of type {model.config.model_type} cannot read prefix trees"
+    bad = cosine <= enough  # what is not finite is said with its word
+    assert not bad, "it cannot read prefix trees: use another architecture"
 
 
 def read_states(folder: Path, trees: list, texts: list[Text], device: torch.device, bar: tqdm):
@@ -388,15 +388,16 @@ def read_states(folder: Path, trees: list, texts: list[Text], device: torch.devi
         inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         nodes, places = np.unique(before, return_inverse=True)  # many texts share one
         asked = {"output_hidden_states": True, "logits_to_keep": torch.tensor(nodes).to(device)}
-        output = model(**inputs, use_cache=False, **asked)
+        with blame(f"{folder}: a model of type {model.config.model_type}"):
+            output = model(**inputs, use_cache=False, **asked)
+            if rows is trees[0][1]:
+                check_trees(model, inputs, output.hidden_states[-1][0])
         states = torch.stack([layer[0, last] for layer in output.hidden_states]).float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
         bad = (~norms.isfinite() | (norms == 0)).nonzero().tolist()
         for layer, index, _ in bad:
             place = f"{texts[rows[index]].word!r} in layer {layer}"
             raise AssertionError(f"{folder}: the hidden state of {place} is not finite, or zero")
-        if rows is trees[0][1]:
-            check_trees(model, inputs, output.hidden_states[-1][0])
         unit[:, rows] = (states / norms).cpu()
         if has_head:
             found = output.logits[0].float().log_softmax(-1).cpu()[places, targets[rows]]
@@ -413,7 +414,7 @@ def compare(unit: Tensor, entries: list[Entry]) -> dict[str, np.ndarray]:
     found = {name: np.full(len(entries), np.nan, np.float32) for name in COSINES}
     bases = unit[[entry.sentences[0] for entry in entries]]
     with_others = bases @ bases.sum(0) - bases.square().sum(-1)
-    found["unrelated"][:] = with_others / (len(entries) - 1)
+    found["unrelated"] = (with_others / (len(entries) - 1)).numpy()
     for index, entry in enumerate(entries):
         words, others = unit[entry.sentences], unit[entry.non_words]
         found["P1"][index] = (words[1:] @ words[0]).mean()
@@ -479,10 +480,9 @@ def warn_of_copies(steps: list[int], values: np.ndarray) -> None:
 
 
 def resample(last_tokens: list[int], seed: int) -> np.ndarray:
-    """How often each text counts, float64 (1 + BOOTSTRAP_RESAMPLES, texts).
+    """How often each text counts, float64 (1 + BOOTSTRAP_RESAMPLES, texts): once in row 0.
 
-    Once in row 0; else as often as its last token was drawn, since words that end in one token are
-    not independent. NaN if all do.
+    Else as often as its last token was drawn: texts that end in one depend. NaN if all do.
     """
     _, clusters = np.unique(last_tokens, return_inverse=True)
     count = clusters.max() + 1
@@ -493,9 +493,9 @@ def resample(last_tokens: list[int], seed: int) -> np.ndarray:
 
 
 def interval(values: np.ndarray) -> np.ndarray:
-    """Estimate, low and high, float64 (3, ...): values[0], and the 95 % interval of the others.
+    """values[0] and the 95 % percentile interval of the others (Efron 1979), float64 (3, ...).
 
-    Percentile bootstrap (Efron 1979). Infinite: never, becomes NaN; NaN is left out.
+    Infinite values stand for never, and become NaN; NaN is left out.
     """
     low_high = np.nanpercentile(values[1:], (2.5, 97.5), axis=0)
     found = np.stack([values[0], *low_high])
@@ -503,10 +503,7 @@ def interval(values: np.ndarray) -> np.ndarray:
 
 
 def tabulate(rows: list[int], weights: np.ndarray, found: dict) -> dict[str, np.ndarray]:
-    """MEANS of the entries in rows with their intervals, (3, steps, layers + 1), and unrelated.
-
-    weights: see resample. found: COSINES, float32 (steps, layers + 1, entries) each.
-    """
+    """MEANS of the entries in rows with their intervals, (3, steps, layers + 1), and unrelated."""
     own = {name: found[name][..., rows] for name in COSINES}
     own["P1-P2"] = own["P1"] - own["P2"]
     own["same_word"] = np.where(np.isnan(own["cross"]), np.nan, own["same_word"])  # the same words
@@ -690,10 +687,7 @@ def draw_figures(results, steps, entries, found, groups, tables) -> None:
 
 
 def write_families(found: dict[str, dict]) -> None:
-    """families.csv and families.png, from {family: {tokens: gain in each layer}}.
-
-    A layer of the first family is compared with those nearest to it in depth, 0 only with 0.
-    """
+    """families.csv and families.png, from {family: {tokens: gain in each layer}}."""
     figure, panels = panels_of("gain at the last step: median of families, lowest to highest", 1, 1)
     rows, axes, groups = [], panels[0, 0], next(iter(found.values()))
     for number, (tokens, first) in enumerate(groups.items()):
@@ -701,7 +695,7 @@ def write_families(found: dict[str, dict]) -> None:
             values = []
             for compared in found.values():
                 of_layers, nearest = compared.get(tokens, [math.nan]), 0
-                if layer > 0 and len(of_layers) > 1:  # in whole numbers: ties go to the lower
+                if layer > 0 and len(of_layers) > 1:  # nearest in depth, ties to the lower
                     depths = np.arange(1, len(of_layers)) * (len(first) - 1)
                     nearest = 1 + int(np.abs(depths - layer * (len(of_layers) - 1)).argmin())
                 values.append(float(of_layers[nearest]))
@@ -726,7 +720,7 @@ def prepare(family: Path) -> tuple[dict[int, Path], list[Text], list[Entry], tup
     check_checkpoints(checkpoints)
     final, tokenizers = checkpoints[max(checkpoints)], {}
     for folder in checkpoints.values():
-        with blame(folder / "tokenizer.json"):
+        with blame(f"fetch again {folder / 'tokenizer.json'}"):
             tokenizers[folder] = Tokenizer.from_file(str(folder / "tokenizer.json"))
         tokenizers[folder].no_padding()
         tokenizers[folder].no_truncation()
@@ -736,7 +730,7 @@ def prepare(family: Path) -> tuple[dict[int, Path], list[Text], list[Entry], tup
         chosen, words = read_entries(HERE / CONTEXTS_FILE, tokenizers[final])
     with blame(HERE / WORDS_FILE):
         listed = json.loads((HERE / WORDS_FILE).read_text(encoding="utf-8-sig"))
-    words = {clean(word).casefold() for word in [*words, *listed]}
+        words = {clean(word).casefold() for word in [*words, *listed]}
     texts, entries = choose_texts(chosen, words, tokenizers[final])
     strings = [text.string for text in texts]
     expected = tokenizers[final].encode_batch(strings, add_special_tokens=False)
@@ -773,10 +767,12 @@ def analyse(family: Path, plan: tuple, device: torch.device) -> dict[tuple, np.n
     """Measures a family and writes its results. Returns what families are compared by."""
     checkpoints, texts, entries, start = plan
     steps, results = list(checkpoints), HERE / RESULTS_DIR / family.name
-    (results / "kept").mkdir(parents=True, exist_ok=True)
+    with blame(f"RESULTS_DIR = {RESULTS_DIR!r}"):
+        (results / "kept").mkdir(parents=True, exist_ok=True)
     owner = results / "kept" / "family.txt"
     name = owner.read_text(encoding="utf-8") if owner.exists() else str(family)
-    assert name == str(family), f"{results} holds the results of {name}: rename one of the families"
+    taken = name != str(family) and Path(name).exists()
+    assert not taken, f"{results} holds the results of {name}: rename one of the families"
     owner.write_text(str(family), encoding="utf-8")
     inputs = [entries, start, [text.token_ids for text in texts], DTYPE, device.type, BATCH_TOKENS]
     files = kept_files(results / "kept", checkpoints, inputs)
@@ -816,7 +812,8 @@ def analyse(family: Path, plan: tuple, device: torch.device) -> dict[tuple, np.n
 def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("families", metavar="FAMILY", nargs="*", default=[CHECKPOINTS_DIR])
-    assert DTYPE in ("float32", "bfloat16", "float16"), f"DTYPE = {DTYPE!r} is not one of three"
+    assert DTYPE in ("float32", "bfloat16", "float16"), f"DTYPE = {DTYPE!r}: such as bfloat16"
+    assert BOOTSTRAP_RESAMPLES > 0, "BOOTSTRAP_RESAMPLES: expected 1 or more"
     families = []
     for name in parser.parse_args().families:
         families.append((Path(name) if Path(name).is_dir() else HERE / name).resolve())
@@ -852,9 +849,12 @@ if __name__ == "__main__":
         print("interrupted: what was measured is kept", file=sys.stderr)
         sys.exit(130)
     except (AssertionError, OSError, MemoryError, RuntimeError) as error:
-        memory = isinstance(error, MemoryError) or "memory" in str(error)
-        if isinstance(error, RuntimeError) and not memory:
+        text = " ".join(str(error).split())
+        memory = isinstance(error, MemoryError) or re.search("out of memory|allocate", text)
+        if not memory and (isinstance(error, RuntimeError) or not text):
             raise  # a fault of your own edit
         advice = "; out of memory: lower BATCH_TOKENS" if memory else ""
-        print(f"error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
+        if "No space left" in text:
+            advice = f": make room for {HERE / RESULTS_DIR}"
+        print(f"error: {text}{advice}", file=sys.stderr)
         sys.exit(2)

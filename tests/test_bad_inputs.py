@@ -1,104 +1,74 @@
-"""Bad input to the two analysis scripts: a line that says what, where and what to do; nothing lost.
+"""Bad input to the analysis scripts: one line says what, where and what to do; nothing is lost.
 
-FAULTS is the table: what is bad, and parts of the line that the user reads. Each is met as a user
-would: a process in a copy of a small project that holds the results of an earlier run. After it
-come what is odd and no fault, and what goes wrong during a run. The processes are forked from one
-that has imported the libraries, which takes a new Python five seconds.
+FAULTS are tables: parts of the line that a user reads, and how a small project is spoilt. After
+them come what is odd and no fault, and what goes wrong during a run.
 """
 
-import csv
 import json
-import multiprocessing
 import os
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import unicodedata
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from tempfile import mkdtemp
 
+import helpers
 import matplotlib
 import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import CONTEXTS, CONVERGENCE, PERTURBATION, RESULTS, WORDS, place, read_csv
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
-CONVERGENCE, PERTURBATION = "token_convergence_analysis.py", "multitoken_context_perturbation.py"
-BOTH = (CONVERGENCE, PERTURBATION)
-RESULTS = {CONVERGENCE: "convergance_plots", PERTURBATION: "multitoken_words_plots"}
-TABLE = {CONVERGENCE: "convergence.csv", PERTURBATION: "perturbation.csv"}
-WORDS, CONTEXTS = "words_list.json", "multitoken_words_contexts.json"
-SETTINGS = {"GROUPS": (1, 2), "WORDS_TO_PLOT": 1, "BOOTSTRAP_RESAMPLES": 50}
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["test_bad_inputs", "transformers.models.gpt_neox"])
+BOTH = FIRST, SECOND = CONVERGENCE.name, PERTURBATION.name
+LATE = "gpt_neox.layers.1.attention.dense.bias"  # a tensor of the last of two layers
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the forks' parent imports this file, too
+PRELOADED = [*helpers.LIBRARIES, "transformers.models.gpt_neox.modeling_gpt_neox"]
+helpers.FORKS.set_forkserver_preload([*PRELOADED, "test_bad_inputs"])
 BOTH_SCRIPTS = pytest.mark.parametrize("script", BOTH)
 
 
 # ---- a small project, and runs in it -------------------------------------------------------------
 
 
-def train_tokenizer() -> Tokenizer:
-    """A byte-level BPE as GPT-NeoX's, of 600 tokens."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    special = {"special_tokens": ["<|endoftext|>"], "initial_alphabet": letters}
-    trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, **special)
-    words = list(json.loads((ROOT / WORDS).read_text(encoding="utf-8")))[:1500]
-    tokenizer.train_from_iterator([*(f" {word}" for word in words), *9 * [" jalapeño"]], trainer)
-    return tokenizer
-
-
-def save_family(family: Path, config: transformers.PretrainedConfig, tokenizer: Tokenizer) -> None:
-    """Steps 0, 1 and 4 of a random model on its way to another."""
-    torch.manual_seed(0)
-    first, last = (transformers.AutoModelForCausalLM.from_config(config) for _ in range(2))
-    of_first, of_last = first.state_dict(), last.state_dict()
-    for step, part in ((0, 0), (1, 0.4), (4, 1)):
-        mixed = {name: torch.lerp(of_first[name], of_last[name], part) for name in of_last}
-        last.save_pretrained(family / f"step{step}", state_dict=mixed)
-        tokenizer.save(str(family / f"step{step}" / "tokenizer.json"))
+def save_family(family: Path, tokenizer: Tokenizer, model_type: str, **shape) -> None:
+    shape |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=640, **shape)
+    for folder in helpers.random_family(family, config, {0: 0, 1: 0.4, 4: 1}).iterdir():
+        tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scripts, words, contexts, a family of width 16, and what both scripts found of it."""
-    folder, tokenizer = tmp_path_factory.mktemp("bad_inputs") / "project", train_tokenizer()
-    folder.mkdir()
-    groups = {tokens: {} for tokens in (1, 2, 3)}  # {word: its last token}
-    for word in json.loads((ROOT / WORDS).read_text(encoding="utf-8")):
-        ids = tokenizer.encode(" " + word).ids
-        if len(ids) in groups and len(groups[len(ids)]) < 15:
-            groups[len(ids)][word] = ids[-1]
-    frequencies, contexts = {}, {}
-    for group in groups.values():
-        frequencies |= {word: 10 ** (2 + place % 5) for place, word in enumerate(group)}
-    for word, last in {**groups[2], **groups[3]}.items():
-        sentences = [f"{opening} {word}" for opening in ("it was a", "here is the", "two of one")]
-        same = [other for other in groups[2] if groups[2][other] == last and other != word]
-        replaced = [f"it was a {other}" for other in same if word in groups[2]]
-        contexts[word] = {"sentences": sentences, "replaced_sentences": replaced}
-    (folder / WORDS).write_text(json.dumps(frequencies), encoding="utf-8")
-    (folder / CONTEXTS).write_text(json.dumps(contexts), encoding="utf-8")
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape |= {"vocab_size": 640, "intermediate_size": 32, "max_position_embeddings": 64}
-    save_family(folder / "family", transformers.GPTNeoXConfig(**shape), tokenizer)
+    """Both scripts, their inputs, a family of two layers and width 16, and all results of it."""
+    folder, tokenizer = tmp_path_factory.mktemp("bad_inputs") / "project", ByteLevelBPETokenizer()
+    common = [f" {word}" for word in [*list(helpers.ALL_WORDS)[:1500], *9 * ["jalapeño"]]]
+    tokenizer.train_from_iterator(common, 600, 2, False, ["<|endoftext|>"])
+    groups, frequencies, contexts = {1: [], 2: []}, {}, {}
+    for word in helpers.ALL_WORDS:
+        group = groups.get(len(tokenizer.encode(f" {word}").ids), [""] * 15)
+        if len(group) < 15:
+            frequencies[word] = 10 ** (2 + len(group) % 5)
+            group.append(word)
+    for word in groups[2]:
+        sentences = [f"it was a {word}", f"here is the {word}"]
+        contexts[word] = {"sentences": sentences, "replaced_sentences": []}
+    inputs = {WORDS: frequencies, CONTEXTS: contexts}
+    place(folder, CONVERGENCE, inputs, GROUPS=(1, 2), BOOTSTRAP_RESAMPLES=50)
+    place(folder, PERTURBATION, inputs, WORDS_TO_PLOT=1, BOOTSTRAP_RESAMPLES=50)
+    shape = {"intermediate_size": 32, "max_position_embeddings": 64}
+    save_family(folder / "family", tokenizer, "gpt_neox", **shape)
     for script in BOTH:
-        shutil.copy(ROOT / script, folder)
-        set_constants(folder, **SETTINGS)
-        code, _, err = run(folder, script)
-        assert code == 0, err
+        helpers.good_run(folder / script, folder / "family")
     return folder
 
 
@@ -107,224 +77,378 @@ def folder(project: Path, tmp_path: Path) -> Path:
     """A copy of the project, for one test."""
     shutil.copytree(project, tmp_path / "project")
     for owner in tmp_path.glob("project/*/family/kept/family.txt"):
-        owner.write_text(str(tmp_path / "project" / "family"), encoding="utf-8")
+        owner.write_text(owner.read_text().replace(str(project), str(tmp_path / "project")))
     return tmp_path / "project"
 
 
-def set_constants(folder: Path, **settings) -> None:
-    for file in (folder / script for script in BOTH if (folder / script).exists()):
-        text = file.read_text(encoding="utf-8")
-        for name, value in settings.items():
-            text = re.sub(rf"(?m)^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, text)
-        file.write_text(text, encoding="utf-8")
+def do_not_draw() -> None:
+    """It takes seconds."""
+    Figure.savefig = lambda figure, file: Path(file).write_bytes(b"a figure")
 
 
-def be_script(folder: Path, script: str, arguments: tuple, before: Callable | None) -> None:
-    """Makes this process that of a script, its output in files. before: called at its start."""
-    os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if before is not draw:
-        Figure.savefig = lambda figure, file, **_: Path(file).write_bytes(b"a figure")
-    if before:
-        before()
-    sys.argv = [script, *arguments]
-    runpy.run_path(str(folder / script), run_name="__main__")
+def be_script(script: Path, before: Callable, logs: Path) -> None:
+    before()
+    helpers.run_here(script, [str(script.parent / "family")], {}, logs)
 
 
-def start(folder: Path, script: str, *arguments: str, before: Callable | None = None):
-    process = FORKSERVER.Process(
-        target=be_script, args=(folder, script, arguments or ("family",), before)
-    )
+def start(script: Path, before: Callable = do_not_draw):
+    """A process of a script, at whose start `before` is called, and the folder of its logs."""
+    logs = Path(mkdtemp(dir=script.parents[1]))
+    process = helpers.FORKS.Process(target=be_script, args=(script, before, logs))
     process.start()
-    return process
+    return process, logs
 
 
-def finish(process, folder: Path) -> tuple[int, str, str]:
+def finish(process, logs: Path) -> tuple[int, str, list[str]]:
+    """Exit code, standard output, lines of standard error that are no progress bars."""
     process.join(60)  # seconds, after which it hangs
     process.kill()
-    out, err = (Path(f"{folder}.{name}").read_text(encoding="utf-8") for name in ("out", "err"))
-    return process.exitcode, out, err
+    lines = []
+    for line in re.split(r"[\r\n]+", (logs / "err").read_text()):
+        if "error: " in line or not re.match(r"(\w+: )?\s*\d+%\||$", line):
+            lines.append(line)
+    return process.exitcode, (logs / "out").read_text(), lines
 
 
-def run(folder: Path, script: str, *arguments: str, before: Callable | None = None):
-    """Exit code, standard output, standard error."""
-    return finish(start(folder, script, *arguments, before=before), folder)
-
-
-def error_line(ended: tuple[int, str, str]) -> str:
-    """The one line that says why a run ended."""
-    code, out, err = ended
-    lines = [line for line in re.split(r"[\r\n]+", err) if line and not re.search(r"%\||it/s", line)]
-    assert (code, len(lines)) == (2, 1) and lines[0].startswith("error: "), err
+def assert_says(ended: tuple[int, str, list[str]], says: str) -> None:
+    """A run ended with one line that holds parts, parted by dots, in their order."""
+    code, out, lines = ended
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+    assert re.search(".*".join(map(re.escape, says.split(" … "))), lines[0]), lines[0]
     assert "results  " not in out
-    return lines[0]
 
 
-def snapshot(folder: Path) -> dict[Path, bytes]:
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+def snapshot(folder: Path, pattern: str = "*.*") -> dict[Path, bytes]:
+    files = [file for file in folder.rglob(pattern) if ".partial" not in file.name]
+    return {file.relative_to(folder): file.read_bytes() for file in files}
 
 
-def kept(folder: Path, script: str) -> dict[str, bytes]:
-    files = (folder / RESULTS[script] / "family" / "kept").glob("step*.npz")
-    return {file.name: file.read_bytes() for file in files}
+# ---- what spoils a project -----------------------------------------------------------------------
 
 
-def read_table(folder: Path, script: str, name: str = "") -> list[dict[str, str]]:
-    file = folder / RESULTS[script] / "family" / (name or TABLE[script])
-    with file.open(newline="", encoding="utf-8") as stream:
-        return list(csv.DictReader(stream))
+def constants(folder: Path, **settings) -> None:
+    for script, (name, value) in product(BOTH, settings.items()):
+        text = (folder / script).read_text(encoding="utf-8")
+        text = re.sub(rf"(?m)^{name} = .*$", f"{name} = {value!r}", text)
+        (folder / script).write_text(text, encoding="utf-8")
 
 
-# ---- faults: each takes the project's folder and spoils it ---------------------------------------
-
-
-class Fault(NamedTuple):
-    spoil: Callable[[Path], object]
-    says: list[str]  # parts of the line
-    scripts: tuple[str, ...] = BOTH
-    arguments: tuple[str, ...] = ("family",)
-    mended: bool = True  # False: not yet
-
-
-def constants(**settings) -> Callable:
-    return lambda folder: set_constants(folder, **settings)
-
-
-def content(name: str, text: str | None) -> Callable:
-    """A file holds something else, or is missing."""
-
-    def spoil(folder: Path) -> None:
-        (folder / name).unlink()
+def content(folder: Path, pattern: str, text: object) -> None:
+    """Files hold something else, text or JSON, or are missing: None."""
+    for file in folder.glob(pattern):
+        file.unlink()
         if text is not None:
-            (folder / name).write_text(text, encoding="utf-8")
-
-    return spoil
+            file.write_text(text if isinstance(text, str) else json.dumps(text))
 
 
-def renamed(name: str) -> Callable:
-    return lambda folder: (folder / "family" / "step1").rename(folder / "family" / name)
+def at(folder: Path, step: int | str, change: Callable, *arguments, **named) -> None:
+    """A checkpoint is changed, or all of them: "*"."""
+    for checkpoint in folder.glob(f"family/step{step}"):
+        change(checkpoint, *arguments, **named)
 
 
-def edit_json(*names: str, **entries) -> Callable:
-    def spoil(folder: Path) -> None:
-        for name in names:
-            values = json.loads((folder / name).read_text(encoding="utf-8"))
-            (folder / name).write_text(json.dumps(values | entries), encoding="utf-8")
-
-    return spoil
+def edit_json(checkpoint: Path, name: str, entries: dict) -> None:
+    values = json.loads((checkpoint / name).read_text())
+    (values["model"] if name == "tokenizer.json" else values).update(entries)
+    (checkpoint / name).write_text(json.dumps(values))
 
 
-CONFIGS = [f"family/step{step}/config.json" for step in (0, 1, 4)]
-
-
-def edit_weights(checkpoint: Path, change: Callable[[dict], object]) -> None:
-    file = checkpoint / "model.safetensors"
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, {"format": "pt"})
-
-
-def to_bin(checkpoint: Path, **more) -> Path:
-    """Its weights as torch saves them."""
-    file = checkpoint / "pytorch_model.bin"
-    torch.save(load_file(checkpoint / "model.safetensors") | more, file)
+def set_weights(checkpoint: Path, suffix: str = "safetensors", share: float = 1, **tensors) -> None:
+    """Some tensors are others, or missing: None; of the file a share remains."""
+    found = load_file(checkpoint / "model.safetensors") | tensors
+    found = {name: tensor for name, tensor in found.items() if tensor is not None}
+    file = checkpoint / f"pytorch_model.{suffix}"
+    save_file(found, file, {"format": "pt"}) if suffix == "safetensors" else torch.save(found, file)
     (checkpoint / "model.safetensors").unlink()
-    return file
-
-
-def cut(file: Path) -> None:
-    os.truncate(file, file.stat().st_size // 2)
+    if suffix == "safetensors":
+        file = file.rename(checkpoint / "model.safetensors")
+    os.truncate(file, int(share * file.stat().st_size))
 
 
 def lose_shard(checkpoint: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     (checkpoint / "model.safetensors").unlink()
-    model.save_pretrained(checkpoint, max_shard_size="60KB")
-    sorted(checkpoint.glob("model-*.safetensors"))[-1].unlink()
+    model.save_pretrained(checkpoint, max_shard_size="42KB")
+    (checkpoint / "model-00002-of-00003.safetensors").unlink()
 
 
-LATE = "gpt_neox.layers.1.attention.dense.bias"
-
-
-def lose_tensor(tensors: dict) -> None:
-    del tensors[LATE]
-
-
-def misshape(tensors: dict) -> None:
-    tensors[LATE] = torch.zeros(7)
-
-
-def several_faults(folder: Path) -> None:
-    family = folder / "family"
+def several(folder: Path) -> None:
+    (folder / "family" / "step4").rename(folder / "family" / "step99")
     for step in range(10, 17):
-        shutil.copytree(family / "step1", family / f"step{step}")
-    (family / "step4").rename(family / "step99")
-    (family / "step10" / "model.safetensors").unlink()
-    cut(family / "step11" / "model.safetensors")
-    cut(to_bin(family / "step12"))
-    lose_shard(family / "step13")
-    edit_weights(family / "step14", lose_tensor)
-    edit_weights(family / "step15", misshape)
-    edit_json("family/step16/config.json", rope_theta=5.0)(folder)
+        shutil.copytree(folder / "family" / "step1", folder / "family" / f"step{step}")
+    content(folder, "family/step10/model.safetensors", None)
+    at(folder, 11, set_weights, share=0.5)
+    at(folder, 12, set_weights, "bin", share=0.5)
+    at(folder, 13, lose_shard)
+    at(folder, 14, set_weights, **{LATE: None})
+    at(folder, 15, set_weights, **{LATE: torch.zeros(7)})
+    at(folder, 16, edit_json, "config.json", {"use_parallel_residual": False})
 
 
-def spoil_final(change: Callable[[Path], object]) -> Callable:
-    return lambda folder: change(folder / "family" / "step4")
+def rename(checkpoint: Path, name: str) -> None:
+    checkpoint.rename(checkpoint.with_name(name))
 
 
-def lfs_pointer(file: Path) -> None:
-    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n")
+def of_type(folder: Path, model_type: str, **shape) -> None:
+    """The family is one of another architecture."""
+    tokenizer = Tokenizer.from_file(str(folder / "family" / "step4" / "tokenizer.json"))
+    shutil.rmtree(folder / "family")
+    save_family(folder / "family", tokenizer, model_type, **shape)
 
 
-def other_tokenizer(folder: Path) -> None:
-    """Step 1 has a tokenizer without the last merges."""
-    file = folder / "family" / "step1" / "tokenizer.json"
-    values = json.loads(file.read_text(encoding="utf-8"))
-    values["model"]["merges"] = values["model"]["merges"][:100]
-    file.write_text(json.dumps(values), encoding="utf-8")
+OWNER = "*/family/kept/family.txt"
+NAN = {LATE: torch.full((16,), torch.nan)}
+NO_MERGES = ("tokenizer.json", {"merges": []})
+FEW = ("config.json", {"max_position_embeddings": 4})
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n"
+FOUR = {"MIN_GROUP_SIZE": 4, "WORDS_PER_GROUP": 4, "REFERENCES": 9}  # of nine permutations
+STOP = {"ledge": {"sentences": ["It is a ledge."], "replaced_sentences": []}}
+ALL = "fetch or train again … family: step10 (it has no weights … step11 ( … step12 ( … step13 ( … "
+ALL += f"step14 ({LATE} … step15 ({LATE} is (7,), in step99 (16,) … step16 (use_parallel_residual"
 
 
-def not_a_number(folder: Path) -> None:
-    def change(tensors: dict) -> None:
-        tensors[LATE][3] = torch.nan
-
-    edit_weights(folder / "family" / "step1", change)
+def _(says: str, spoil: Callable, *arguments, **named) -> tuple:
+    return says, lambda folder: spoil(folder, *arguments, **named)
 
 
-def words_of(count: int, start: str = "") -> Callable:
-    """The first words of each number of tokens that begin so."""
+FAULTS = {  # of both scripts
+    "no folder": _("no folder … family: fetch", lambda p: shutil.rmtree(p / "family")),
+    "empty folder": _("family holds no checkpoint … step0", at, "*", shutil.rmtree),
+    "step-2000": _("family/step-2000 … rename it", at, 1, rename, "step-2000"),
+    "Step2000": _("family/Step2000 … rename it", at, 1, rename, "Step2000"),
+    "checkpoint-2000": _("family/checkpoint-2000 … rename", at, 1, rename, "checkpoint-2000"),
+    "several": _(ALL, several),
+    "final": _("fetch … step4: it has no w", content, "family/step4/model.safetensors", None),
+    "final cut": _("again … step4: … model.safetensors", at, 4, set_weights, share=0.5),
+    "final .bin cut": _("again … step4: … pytorch_model.bin", at, 4, set_weights, "bin", 0.5),
+    "final shard": _("again … step4: … model-00002-of-00003.safetensors", at, 4, lose_shard),
+    "final tensor": _(f"again … {LATE} … in step4 None", at, 4, set_weights, **{LATE: None}),
+    "config": _("again … step1 … config.json", content, "family/step1/config.json", "{"),
+    "LFS": _("step1 (model.safet … git lfs pull", content, "family/step1/model.safetensors", LFS),
+    "numpy": _("step1 (pytorch_model.bin … safete", at, 1, set_weights, "bin", loss=np.float64(3)),
+    "no tokenizer": _("fetch … step1/tokenizer", content, "family/step1/tokenizer.json", None),
+    "broken tokenizer": _("fetch … step4/tokenizer", content, "family/step4/tokenizer.json", "{"),
+    "tokenizer": _("step1: its tokenizer … ' is [ … step4 [", at, 1, edit_json, *NO_MERGES),
+    "BOS": _("step4 has no token <s>: change BOS", constants, BOS="<s>"),
+    "positions": _("family reads 4 tokens, a text has … shorten", at, "*", edit_json, *FEW),
+    "not finite": _("step1: … state of ' … ' in layer 2 is not", at, 1, set_weights, **NAN),
+    "no words file": _("words_list.json: … No such file", content, WORDS, None),
+    "broken words": _("words_list.json: … line 2 column 6", content, WORDS, '{"a": 1,\n"b": }'),
+    "DTYPE": _("DTYPE = 'float8' … bfloat16", constants, DTYPE="float8"),
+    "DEVICE": _("DEVICE = 'abacus': … cuda", constants, DEVICE="abacus"),
+    "no resamples": _("BOOTSTRAP_RESAMPLES", constants, BOOTSTRAP_RESAMPLES=0),
+    "others' results": _(
+        "holds the results of /usr: rename one", content, OWNER, "/usr"
+    ),
+    "results are a file": _("RESULTS_DIR … words_list.json", constants, RESULTS_DIR=WORDS),
+    "mamba": _("step … mamba", of_type, "mamba", state_size=4),
+    "bloom": _("step … bloom", of_type, "bloom"),
+}
+FAULTS_OF_FIRST = {
+    "words are a list": _('words_list.json: expected {"word": frequency', content, WORDS, ["a"]),
+    "no words": _('words_list.json: expected {"word": frequency', content, WORDS, {}),
+    "frequency 0": _("words_list.json: … 'a' is 0", content, WORDS, {"the": 5, "a": 0}),
+    "frequency '9'": _("words_list.json: … 'a'", content, WORDS, {"the": 5, "a": "9"}),
+    "few words": _("words_list.json … MIN_GROUP_SIZE = 10 … add", content, WORDS, {"the": 1}),
+    "few recombinations": _("2-token … add words … lower REFERENCES", constants, **FOUR),
+    "KINDS": _("KINDS = ('word', 'words') … recombined", constants, KINDS=("word", "words")),
+    "GROUPS": _("GROUPS = 4: expected as (1, 2, 3)", constants, GROUPS=4),
+    "no texts": _('"word" to KINDS … GROUPS', constants, GROUPS=(1,), KINDS=("alone",)),
+    "CARRIER": _("make CARRIER longer", constants, CARRIER="A", GROUPS=(1, 2, 3)),
+    "LEADING_SPACE": _('LEADING_SPACE = False needs CARRIER = ""', constants, LEADING_SPACE=False),
+    "MIN_GROUP_SIZE": _("MIN_GROUP_SIZE … 4 or more", constants, MIN_GROUP_SIZE=2),
+}
+FAULTS_OF_SECOND = {
+    "no contexts": _("contexts.json: … No such file", content, CONTEXTS, None),
+    "broken contexts": _("contexts.json: … line 2 column 3", content, CONTEXTS, '{"a":\n1,}'),
+    "a list": _('contexts.json: expected {"word": {"sentences', content, CONTEXTS, [1]),
+    "no entries": _('contexts.json: expected {"word": {"sentences', content, CONTEXTS, {}),
+    "an entry": _("contexts.json: 'a b', which needs lists", content, CONTEXTS, {"a b": ["a b"]}),
+    "stops": _("contexts.json: it has no word of two tokens or more", content, CONTEXTS, STOP),
+    "words are pairs": _("words_list.json: ", content, WORDS, [["the", 5]]),
+    "gptj": _(
+        "of type gptj: it cannot read prefix trees",
+        of_type,
+        "gptj",
+        rotary_dim=4,
+        initializer_range=0.5,
+    ),
+}
 
-    def spoil(folder: Path) -> None:
-        tokenizer, chosen = Tokenizer.from_file(str(folder / "family/step4/tokenizer.json")), {}
-        for word, frequency in json.loads((ROOT / WORDS).read_text(encoding="utf-8")).items():
-            tokens = len(tokenizer.encode(" " + word).ids)
-            if word.startswith(start) and list(chosen.values()).count(tokens) < count:
-                chosen[word] = tokens
-        frequencies = {word: 10 ** (2 + place % 5) for place, word in enumerate(chosen)}
-        (folder / WORDS).write_text(json.dumps(frequencies), encoding="utf-8")
 
-    return spoil
+def cases(names, scripts: tuple[str, ...] = BOTH) -> list:
+    found = []
+    for name, script in product(names, scripts):
+        found.append(pytest.param(name, script, id=f"{name}-{script[:5]}"))
+    return found
 
 
-def two_of_one_name(folder: Path) -> None:
-    shutil.copytree(folder / "family", folder / "other" / "family")
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [*cases(FAULTS), *cases(FAULTS_OF_FIRST, (FIRST,)), *cases(FAULTS_OF_SECOND, (SECOND,))],
+)
+def test_one_line_says_what_is_wrong(folder: Path, name: str, script: str) -> None:
+    says, spoil = (FAULTS | FAULTS_OF_FIRST | FAULTS_OF_SECOND)[name]
+    spoil(folder)
+    before = snapshot(folder / RESULTS[script])
+    assert_says(finish(*start(folder / script)), says)
+    after = snapshot(folder / RESULTS[script])
+    assert {file: after.get(file) for file in before} == before
 
 
-def results_are_a_file(folder: Path) -> None:
-    set_constants(folder, RESULTS_DIR="results")
-    (folder / "results").write_text("mine")
+# ---- what is odd and no fault --------------------------------------------------------------------
 
 
-def of_type(name: str, **shape) -> Callable:
-    """A family of another architecture."""
+def resave_tokenizer(checkpoint: Path) -> None:
+    """As transformers 5 does: another post-processor, decoder and null fields."""
+    before = (checkpoint / "tokenizer.json").read_bytes()
+    transformers.AutoTokenizer.from_pretrained(checkpoint).save_pretrained(checkpoint)
+    assert (checkpoint / "tokenizer.json").read_bytes() != before
 
-    def spoil(folder: Path) -> None:
-        tokenizer = Tokenizer.from_file(str(folder / "family/step4/tokenizer.json"))
-        shutil.rmtree(folder / "family")
-        config = transformers.AutoConfig.for_model(name, vocab_size=640, **shape)
-        save_family(folder / "family", config, tokenizer)
 
-    return spoil
+def save_from_gpu(checkpoint: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        set_weights(checkpoint, "bin")
+
+
+def lose_head(checkpoint: Path) -> None:
+    """As a base model is saved."""
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["embed_out.weight"]
+    tensors = {name.removeprefix("gpt_neox."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+
+
+def read_matplotlibrc() -> None:
+    file = Path(mkdtemp()) / "matplotlibrc"
+    file.write_text("savefig.format: pdf\ntext.usetex: True\nsavefig.dpi: 600\n")
+    matplotlib.rc_file(file)
+
+
+ODD = {
+    "re-saved tokenizer": lambda p: at(p, 1, resave_tokenizer),
+    "saved on a GPU": lambda p: at(p, 1, save_from_gpu),
+    "no output layer": lambda p: at(p, 1, lose_head),
+    "moved": lambda p: p.rename(p.with_name("moved")),
+    "matplotlibrc": lambda p: None,
+}
+
+
+@pytest.mark.parametrize(("name", "script"), cases(ODD))
+def test_what_is_odd_changes_no_result(folder: Path, name: str, script: str) -> None:
+    before = snapshot(folder / RESULTS[script] / "family")
+    folder = ODD[name](folder) or folder
+    pattern = "*.png" if name == "matplotlibrc" else "*.csv"
+    for file in (folder / RESULTS[script]).rglob(pattern):
+        file.unlink()
+    ended = finish(
+        *start(folder / script, read_matplotlibrc if pattern == "*.png" else do_not_draw)
+    )
+    assert (ended[0], ended[2]) == (0, [])
+    after = snapshot(folder / RESULTS[script] / "family", pattern)
+    if name == "no output layer":
+        after.pop(Path("half_way.csv"), None)
+        after.pop(Path("known.csv"))
+        rows = read_csv(folder / RESULTS[script] / "family" / "known.csv")
+        assert {row["step"] for row in rows if row["known"] == ""} == {"1"}
+    assert len(after) >= 2 and {file: before[file] for file in after} == after
+
+
+def test_two_spellings_and_zipf_values_are_warned_of(folder: Path) -> None:
+    """Of jalapeño, the accent a sign of its own in one. The first counts."""
+    values = {"jalapeño": 4.1, unicodedata.normalize("NFD", "jalapeño"): 5}
+    values |= dict.fromkeys([*json.loads((folder / WORDS).read_text())][1:], 4.1)
+    content(folder, WORDS, values)
+    code, out, _ = finish(*start(folder / FIRST))
+    assert code == 0 and re.search("warning: words_list.json: .*twice", out), out
+    assert re.search("warning: words_list.json: .* powers of ten: .* not Zipf values", out), out
+    rows = read_csv(folder / RESULTS[FIRST] / "family" / "texts.csv")
+    assert [float(row["frequency"]) for row in rows if row["word"] == "jalapeño"] == [4.1]
+
+
+# ---- what goes wrong during a run ----------------------------------------------------------------
+
+
+@BOTH_SCRIPTS
+def test_head_does_not_end_a_run(folder: Path, script: str) -> None:
+    os.mkfifo(folder / "out")
+    head = subprocess.Popen(["head", "-1", folder / "out"], stdout=subprocess.PIPE, text=True)
+    shutil.rmtree(folder / RESULTS[script])
+    process = helpers.FORKS.Process(target=be_script, args=(folder / script, do_not_draw, folder))
+    process.start()
+    assert head.communicate(timeout=60)[0].startswith("family   ")
+    process.join(60)
+    assert process.exitcode == 0, (folder / "err").read_text()
+    assert (folder / RESULTS[script] / "family" / "known.csv").exists()
+
+
+@BOTH_SCRIPTS
+def test_ctrl_c_keeps_what_was_measured(folder: Path, script: str) -> None:
+    for step in range(10, 30):
+        shutil.copytree(folder / "family" / "step1", folder / "family" / f"step{step}")
+    shutil.rmtree(folder / RESULTS[script])
+    process, logs = start(folder / script)
+    while process.is_alive() and not snapshot(folder / RESULTS[script], "step*.npz"):
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGINT)
+    code, _, lines = finish(process, logs)
+    assert code == 130 and lines[-1].startswith("interrupted: what was measured is kept"), lines
+    assert 1 <= len(snapshot(folder / RESULTS[script], "step*.npz")) < 23
+
+
+EDITS = {
+    "type": ("None + 1", "TypeError"),
+    "shapes": ("torch.zeros(2) @ torch.zeros(3)", "RuntimeError"),
+    "memory location": ("torch.zeros(1).expand(3).add_(1)", "RuntimeError"),
+    "bare assert": ("assert 1 == 2", "AssertionError"),
+}
+
+
+@pytest.mark.parametrize(("name", "script"), cases(EDITS))
+def test_a_fault_of_ones_own_edit_keeps_its_traceback(folder: Path, name: str, script: str):
+    line, error = EDITS[name]
+    with (folder / script).open("r+") as file:
+        before, main = file.read().split("\nif __name__")
+        file.seek(0)
+        file.write(f"{before}\ndef compare(*given):\n    {line}\n\n\nif __name__{main}")
+    shutil.rmtree(folder / RESULTS[script])
+    code, _, lines = finish(*start(folder / script))
+    assert code == 1 and lines[-1].startswith(error) and f"    {line}" in lines, lines
+
+
+def limit_memory() -> None:
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**28, taken + 2**28))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
+def test_out_of_memory(folder: Path) -> None:
+    more = {"WORDS_PER_GROUP": None, "MATCH_FREQUENCY": False, "GROUPS": (2, 3), "REFERENCES": 0}
+    constants(folder, BATCH_TOKENS=10**6, KINDS=("word",), **more)
+    content(folder, WORDS, helpers.ALL_WORDS)
+    assert_says(finish(*start(folder / FIRST, limit_memory)), "out of memory: lower BATCH_TOKENS")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
+@pytest.mark.parametrize(("when", "script"), cases(["when measuring", "when drawing"]))
+def test_full_disk(folder: Path, when: str, script: str) -> None:
+    results, copy = folder / RESULTS[script], folder / "copy"
+    results.rename(copy)
+    results.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", results], check=True)
+    try:
+        shutil.copytree(copy, results, dirs_exist_ok=True)
+        for file in results.rglob("*.png"):
+            file.unlink()
+        if when == "when measuring":
+            at(folder, 1, set_weights)
+        left = 40_000 if when == "when drawing" else 0
+        (results / "big").write_bytes(bytes(shutil.disk_usage(results).free - left))
+        before = snapshot(results, "step*.npz")
+        ended = finish(*start(folder / script, time.time))  # draws
+        after = snapshot(results, "step*.npz")
+    finally:
+        subprocess.run(["umount", results], check=True)
+    assert_says(ended, RESULTS[script])
+    assert {file: after.get(file) for file in before} == before
