@@ -250,25 +250,24 @@ def find_fault(text: str, ids: tuple, word: str, own: tuple, base: tuple, pertur
 
 
 def read_entries(file: Path, tokenizer: Tokenizer) -> tuple[dict[str, tuple], set[str]]:
-    """{word: (its token ids, sentences, perturbed versions)}, (string, token ids) each; all words.
-
-    What measures something else is left out and named.
-    """
+    """{word: (its token ids, sentences, perturbed versions)} of what fits, and all words in it."""
     listed = json.loads(file.read_text(encoding="utf-8-sig"))
     assert isinstance(listed, dict) and listed, 'expected {"word": {"sentences": [...]}, ...}'
     chosen, words, left_out = {}, set(), []
     for word, entry in listed.items():
         with blame(f'{word!r}, which needs lists "sentences" and "replaced_sentences"'):
             kinds = [list(map(clean, entry[kind])) for kind in ("sentences", "replaced_sentences")]
-        word, kept, base = clean(word), ([], []), None  # kept: sentences, perturbed versions
+        word, kept, base = clean(word), ([], []), None  # (string, token ids) each, in both lists
         own = encode_words([word], tokenizer)[0]
         for perturbed, texts in enumerate(kinds):
             for text in texts:
                 ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
                 base = base or (text, ids)
                 fault = find_fault(text, ids, word, own, base, bool(perturbed))
-                if fault or word in chosen:
-                    left_out.append(f"{word}: {text!r}: {fault or 'the word stands there twice'}")
+                if word in chosen or (text, ids) in kept[perturbed]:
+                    fault = "the word or the text stands there twice"
+                if fault:
+                    left_out.append(f"{word}: {text!r}: {fault}")
                 else:
                     kept[perturbed].append((text, ids))
         words |= {word, *(text.split()[-1] for text in kinds[1] if text)}
@@ -512,6 +511,8 @@ def tabulate(rows: list[int], weights: np.ndarray, found: dict) -> dict[str, np.
         there = np.isfinite(own[name][0, 0])
         sums = np.tensordot(weights[:, there], own[name][..., there], (1, 2))
         means[name] = sums / weights[:, there].sum(1)[:, None, None]
+        if (weights[:, there] == weights[:, there][:, :1]).all():  # they end in one token
+            means[name][1:] = math.nan
     rest = np.where(means["cross"][0] > 1 - 1e-4, np.nan, 1 - means["cross"])  # as in layer 0
     means["word_share"] = (means["same_word"] - means["cross"]) / rest
     means["non_word_share"] = (means["same_non_word"] - means["cross"]) / rest
@@ -591,11 +592,11 @@ def mark_steps(axis, steps: list[int]) -> None:
     low, high = axis.get_view_interval()
     first, last = np.searchsorted(places, low, "right") - 1, np.searchsorted(places, high)
     steps = steps[max(first, 0) : last + 1]  # those in sight, and the next on either side
-    labelled = steps[-1:]
-    for step in reversed(steps):
-        if np.log1p(labelled[-1]) - np.log1p(step) > (high - low) / 12:
+    places, labelled = np.log1p(steps), [steps[-1], steps[0]]
+    for step in steps:
+        if np.abs(np.log1p(labelled) - np.log1p(step)).min() > (high - low) / 9:
             labelled.append(step)
-    axis.set_ticks(np.log1p(steps), minor=True)
+    axis.set_ticks(places, minor=True)
     axis.set_ticks(np.log1p(labelled), labelled)
 
 
@@ -641,9 +642,8 @@ def draw_gain(results: Path, steps: list[int], groups: dict, tables: dict) -> No
 
 def draw_cosines(file: Path, title: str, steps: list[int], table: dict[str, np.ndarray]) -> None:
     """P1, P2 and the floor against layer, a panel a step, with intervals if table has them."""
-    columns = min(5, len(steps))
-    rows = math.ceil(len(steps) / columns)
-    figure, panels = panels_of(title, rows, columns, sharex=True, sharey=True)
+    shape = (math.ceil(len(steps) / 5), min(5, len(steps)))
+    figure, panels = panels_of(title, *shape, sharex=True, sharey=True)
     for axes in panels.flat[len(steps) :]:
         axes.set_axis_off()
     labels = {"P1": "P1: other contexts", "P2": "P2: other word", "unrelated": "unrelated words"}
@@ -670,10 +670,8 @@ def draw_figures(results, steps, entries, found, groups, tables) -> None:
         title = f"{results.name}: mean of {len(groups[tokens])} words, tokens: {tokens}"
         shown.append((results / name, f"{title} (bands: 95 % intervals)", table))
     numbers = {entry.word: number for number, entry in enumerate(entries)}
-    words = WORDS_TO_PLOT
-    if isinstance(words, int):
-        words = np.random.default_rng(SEED).permutation(list(numbers))[:words].tolist()
-    for word in words:
+    drawn = np.random.default_rng(SEED).permutation(list(numbers)).tolist()
+    for word in drawn[:WORDS_TO_PLOT] if isinstance(WORDS_TO_PLOT, int) else WORDS_TO_PLOT:
         if word not in numbers:
             print0(f"warning: {word!r} of WORDS_TO_PLOT is not measured: it has no figure")
             continue

@@ -754,11 +754,11 @@ def mark_steps(axis, steps: list[int]) -> None:
     low, high = axis.get_view_interval()
     first, last = np.searchsorted(places, low, "right") - 1, np.searchsorted(places, high)
     steps = steps[max(first, 0) : last + 1]  # those in sight, and the next on either side
-    labelled = steps[-1:]
-    for step in reversed(steps):
-        if np.log1p(labelled[-1]) - np.log1p(step) > (high - low) / 12:
+    places, labelled = np.log1p(steps), [steps[-1], steps[0]]
+    for step in steps:
+        if np.abs(np.log1p(labelled) - np.log1p(step)).min() > (high - low) / 9:
             labelled.append(step)
-    axis.set_ticks(np.log1p(steps), minor=True)
+    axis.set_ticks(places, minor=True)
     axis.set_ticks(np.log1p(labelled), labelled)
 
 
@@ -798,6 +798,7 @@ def draw_known(results: Path, steps: list[int], known: dict, half_ways: dict) ->
         half_way = np.log1p(half_ways[tokens, "word", "known"].values[0, 0])
         axes.axvline(half_way, color=style["color"], linestyle="--", linewidth=1)
     axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_ylim(top=max(1, axes.get_ylim()[1]))  # lest noise fill the picture
     axes.set_ylabel("known: nats, of the last token")
     mark_steps(axes.xaxis, steps)
     finish(figure, axes, "training step", results / "known.png")

@@ -51,14 +51,11 @@ def place(folder: Path, script: Path = CONVERGENCE, inputs=None, **settings: obj
     inputs: {name: text, or what is written as JSON}, in the place of the project's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    copy = folder / script.name
-    shutil.copyfile(script, copy)
+    copy, text = folder / script.name, script.read_text(encoding="utf-8")
     for name, value in settings.items():
-        text, count = re.subn(
-            rf"(?m)^{name} = .*$", lambda _, line=f"{name} = {value!r}": line, copy.read_text()
-        )
-        assert count == 1, name
-        copy.write_text(text)
+        before, after = re.split(rf"(?m)^{name} = .*$", text)  # it stands there once
+        text = f"{before}{name} = {value!r}{after}"
+    copy.write_text(text, encoding="utf-8")
     for name in (WORDS, CONTEXTS):
         content = (inputs or {}).get(name, (ROOT / name).read_text(encoding="utf-8"))
         content = content if isinstance(content, str) else json.dumps(content)
@@ -186,20 +183,10 @@ def link(family: Path, folder: Path, steps: Iterable[int] | dict[int, int]) -> P
     return folder
 
 
-def write(file: Path, content: bytes | dict[str, torch.Tensor]) -> None:
-    """Writes bytes or tensors in the place of a file, be it a link."""
+def write(file: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Writes weights in the place of a file, be it a link."""
     file.unlink(missing_ok=True)
-    if isinstance(content, bytes):
-        file.write_bytes(content)
-    elif file.suffix == ".safetensors":
-        save_file(content, file, metadata={"format": "pt"})
-    else:
-        torch.save(content, file)
-
-
-def edit_config(folder: Path, **entries: object) -> None:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    write(folder / "config.json", json.dumps(config | entries).encode())
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 # ---- plain computations --------------------------------------------------------------------------
@@ -220,11 +207,6 @@ def naive_read(folder: Path, sequences: list[list[int]]) -> tuple[np.ndarray, np
         log_probs = output.logits[0, 0].double().log_softmax(-1)
         log_prob.append(log_probs[sequence[-1]].item() if len(sequence) > 1 else math.nan)
     return torch.stack(states, dim=1).numpy(), np.array(log_prob)
-
-
-def cosine(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
-    return (left * right).sum(-1) / lengths
 
 
 def naive_resamples(last_tokens: list[int], seed: int) -> Iterator[list[int]]:
@@ -252,9 +234,9 @@ def assert_intervals(pairs: list[tuple[list[float], np.ndarray]], share: float) 
     for found, values in pairs:
         bounds = bounds_of(values)
         width = np.ptp(np.quantile(values[np.isfinite(values)], [0.025, 0.975]))
-        good.append(np.allclose(found, bounds, rtol=0, atol=0.25 * width + 1e-5, equal_nan=True))
+        good.append(np.allclose(found, bounds, rtol=0, atol=0.15 * width + 1e-5, equal_nan=True))
         if np.isfinite([*bounds, *found]).all() and np.ptp(bounds) > 1e-3:
             widths.append((found[1] - found[0]) / np.ptp(bounds))
     assert len(widths) > 10
     assert np.mean(good) >= share, np.mean(good)
-    assert np.mean(widths) == pytest.approx(1, abs=0.03)
+    assert np.mean(widths) == pytest.approx(1, abs=0.06)

@@ -237,9 +237,7 @@ FAULTS = {  # of both scripts
     "DTYPE": _("DTYPE = 'float8' … bfloat16", constants, DTYPE="float8"),
     "DEVICE": _("DEVICE = 'abacus': … cuda", constants, DEVICE="abacus"),
     "no resamples": _("BOOTSTRAP_RESAMPLES", constants, BOOTSTRAP_RESAMPLES=0),
-    "others' results": _(
-        "holds the results of /usr: rename one", content, OWNER, "/usr"
-    ),
+    "others' results": _("holds the results of /usr: rename one", content, OWNER, "/usr"),
     "results are a file": _("RESULTS_DIR … words_list.json", constants, RESULTS_DIR=WORDS),
     "mamba": _("step … mamba", of_type, "mamba", state_size=4),
     "bloom": _("step … bloom", of_type, "bloom"),

@@ -13,35 +13,15 @@ from itertools import pairwise, permutations, product
 from pathlib import Path
 from typing import NamedTuple
 
+import helpers
 import numpy as np
 import pytest
 import torch
 import transformers as tf
-from helpers import (
-    ALL_WORDS,
-    WORDS,
-    Run,
-    assert_intervals,
-    bounds_of,
-    edit,
-    error_line,
-    good_run,
-    gpt_neox_tokenizer,
-    link,
-    naive_read,
-    naive_resamples,
-    number,
-    place,
-    random_family,
-    read_csv,
-    run,
-    save_checkpoint,
-    start,
-    token_ids,
-    write,
-)
+from helpers import ALL_WORDS, WORDS, Run, edit, error_line, good_run, link, place, run, token_ids
 from PIL import Image
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SIZE = 24  # words of a group
 STEPS = [0, 1, 4, 16, 64]
@@ -71,21 +51,20 @@ class Text(NamedTuple):
 
 def read_texts(results: Path) -> dict[tuple[int, str], list[Text]]:
     texts = {}
-    for row in read_csv(results / "texts.csv"):
-        ids = [int(token) for token in row["token_ids"].split()]
-        text = Text(row["word"], number(row["frequency"]), ids)
-        texts.setdefault((int(row["tokens"]), row["kind"]), []).append(text)
+    for tokens, kind, *text, ids in map(dict.values, helpers.read_csv(results / "texts.csv")):
+        text = Text(text[0], helpers.number(text[1]), list(map(int, ids.split())))
+        texts.setdefault((int(tokens), kind), []).append(text)
     return texts
 
 
 def read_rows(results: Path, table: str) -> dict[tuple, dict[str, float]]:
     """{KEYS, numbers where they can be: {other column: value}}; an empty cell is NaN."""
     rows = {}
-    for row in read_csv(results / table):
+    for row in helpers.read_csv(results / table):
         key = [row.pop(name) for name in KEYS[table]]
         key = tuple(int(part) if part.isdecimal() else part for part in key)
         assert key not in rows
-        rows[key] = {name: number(cell) for name, cell in row.items()}
+        rows[key] = {name: helpers.number(cell) for name, cell in row.items()}
     return rows
 
 
@@ -129,14 +108,6 @@ def half_way_of(values, steps: list[int], end: float = 1) -> tuple[float, float,
     return math.inf if points else math.nan, math.nan, math.nan
 
 
-def per_dimension_of(left: np.ndarray, right: np.ndarray) -> float:
-    found = []
-    for one, other in zip(left.T, right.T, strict=True):
-        if min(one.var(), other.var()) >= 1e-8 / left.shape[1]:
-            found.append(np.corrcoef(one, other)[0, 1])
-    return np.mean(found)
-
-
 def cka_of(left: np.ndarray, right: np.ndarray) -> float:
     """Linear CKA of float64 (texts, width), by the definition of unbiased HSIC as a U-statistic.
 
@@ -160,7 +131,7 @@ def naive_tables(results: Path, family: Path, steps: list[int], before=(BOS,), c
     unit, log_prob, texts = {}, {}, read_texts(results)
     for key, group in texts.items():
         sequences = [[*before, *text.token_ids] for text in group]
-        read = [naive_read(family / f"step{step}", sequences) for step in steps]
+        read = [helpers.naive_read(family / f"step{step}", sequences) for step in steps]
         states = np.array([states for states, _ in read])  # (steps, layers + 1, texts, width)
         unit[key] = states / np.linalg.norm(states, axis=-1, keepdims=True)
         log_prob[key] = np.array([found for _, found in read])
@@ -169,7 +140,7 @@ def naive_tables(results: Path, family: Path, steps: list[int], before=(BOS,), c
         if kind.startswith("reference"):
             continue
         own, count = unit[tokens, kind], len(group)
-        draws = naive_resamples([text.token_ids[-1] for text in group], 12345 + tokens)
+        draws = helpers.naive_resamples([text.token_ids[-1] for text in group], 12345 + tokens)
         draws, ends = [list(range(count)), *draws], dict.fromkeys(("centred", "composed"), 1)
         parts = {"centred": parts_of(own)}
         if tokens > 1 and kind != "alone":
@@ -184,7 +155,9 @@ def naive_tables(results: Path, family: Path, steps: list[int], before=(BOS,), c
             row |= {name: values[name][:, index, layer] for name in parts}
             row["similarity"] = np.diagonal(now @ final.T).mean()
             row["unrelated"] = (now @ final.T)[~np.eye(count, dtype=bool)].mean()
-            row["per_dimension"] = per_dimension_of(now, final)
+            varied = np.minimum(now.var(0), final.var(0)) >= 1e-8 / now.shape[1]
+            pairs = zip(now.T[varied], final.T[varied], strict=True)
+            row["per_dimension"] = np.mean([np.corrcoef(*pair)[0, 1] for pair in pairs])
             if "composed" in parts and layer > 0:
                 part, whole = (parts[name][1][index, layer] for name in ("composed", "centred"))
                 row["composed_share"] = part.sum() / whole.sum()
@@ -196,8 +169,9 @@ def naive_tables(results: Path, family: Path, steps: list[int], before=(BOS,), c
         if kind == "word" and (tokens, "recombined") in texts:
             gain = log_prob[tokens, "word"] - log_prob[tokens, "recombined"]
             values["known"] = np.array([gain[:, members].mean(-1) for members in draws])[..., None]
-            low, high = bounds_of(values["known"][1:, -1, 0])
-            ends["known"] = values["known"][:, -1, 0] if low > 0 or high < 0 else math.nan
+            final = read_rows(results, "known.csv")[tokens, steps[-1]]  # its interval may touch 0
+            known = final["low"] > 0 or final["high"] < 0
+            ends["known"] = values["known"][:, -1, 0] if known else math.nan
             for index, step in enumerate(steps):
                 row = {"word": log_prob[tokens, "word"][index].mean()}
                 row["recombined"] = log_prob[tokens, "recombined"][index].mean()
@@ -274,12 +248,13 @@ SMALL = {"GROUPS": (1, 2), "WORDS_PER_GROUP": SIZE}
 def main(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All steps, groups and kinds of the miniature, of words whose last tokens are often shared."""
     counts = Counter(token_ids(word)[-1] for word in ALL_WORDS if len(token_ids(word)) > 1)
-    common, words = {token for token, _ in counts.most_common(100)}, {}
+    common, words = {token for token, _ in counts.most_common(60)}, {}
     for word, frequency in ALL_WORDS.items():
         if len(token_ids(word)) == 1 or token_ids(word)[-1] in common:
             words[word] = frequency
     folder = tmp_path_factory.mktemp("main")
-    script = place(folder, inputs={WORDS: words}, WORDS_PER_GROUP=SIZE)
+    settings = {"WORDS_PER_GROUP": SIZE, "BOOTSTRAP_RESAMPLES": 5000}
+    script = place(folder, inputs={WORDS: words}, **settings)
     edit(script, "from matplotlib.figure import Figure\n", NOTE_LINES)  # for the test of figures
     return good_run(script, miniature)
 
@@ -291,9 +266,20 @@ def expected(main: Run, miniature: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Families of other architectures, and a small one of Pythia's."""
-    folder, shares = tmp_path_factory.mktemp("others"), {0: 0, 3: 0.4, 15: 1}
-    return {name: random_family(folder / name, OTHERS[name], shares) for name in OTHERS}
+    """Families of other architectures, and a small one of Pythia's.
+
+    The tokenizer of "llama" puts a space before every text by itself, as Llama's does.
+    """
+    folder, families = tmp_path_factory.mktemp("others"), {}
+    for name, config in OTHERS.items():
+        families[name] = helpers.random_family(folder / name, config, {0: 0, 3: 0.4, 15: 1})
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    special = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
+    tokenizer.train_from_iterator(ALL_WORDS, trainers.BpeTrainer(vocab_size=5000, **special))
+    for folder in families["llama"].iterdir():
+        tokenizer.save(str(folder / "tokenizer.json"))
+    return families
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +306,7 @@ def beside(results: Path, folder: Path, **settings: object) -> Path:
 
 def test_values_are_naive(main: Run, expected: dict[str, dict]) -> None:
     assert_naive(main.results, expected)
+    assert_files(main.results, [1, 2, 3, 4], 7)
 
 
 def test_intervals_are_those_of_a_plain_bootstrap(main: Run, expected: dict[str, dict]) -> None:
@@ -332,7 +319,7 @@ def test_intervals_are_those_of_a_plain_bootstrap(main: Run, expected: dict[str,
                 if isinstance(values, np.ndarray) and not math.isnan(found[key][name]):
                     bounds = [found[key][f"{before}{end}"] for end in ("low", "high")]
                     pairs.append((bounds, values[1:]))
-        assert_intervals(pairs, share)
+        helpers.assert_intervals(pairs, share)
 
 
 # ---- what is read --------------------------------------------------------------------------------
@@ -360,37 +347,37 @@ def test_words_are_those_of_the_file_and_matched_in_frequency(main: Run):
     assert f"{min(frequencies):g} to {max(frequencies):g}" in main.out
 
 
-def test_recombined_strings_are_no_words(main: Run) -> None:
-    words = json.loads((main.results.parents[1] / WORDS).read_text(encoding="utf-8"))
-    texts, folded = read_texts(main.results), {word.casefold() for word in words}
-    for tokens in (2, 3, 4):
-        own = [text.token_ids[-tokens:] for text in texts[tokens, "word"]]
-        orders = set()
-        for kind in ("recombined", "reference 1", "reference 2", "reference 3"):
-            strings = [text.token_ids[-tokens:] for text in texts[tokens, kind]]
-            orders.add(str(strings))
-            assert [ids[-1] for ids in strings] == [ids[-1] for ids in own]
-            assert sorted(ids[:-1] for ids in strings) == sorted(ids[:-1] for ids in own)
-            for ids, text, own_ids in zip(strings, texts[tokens, kind], own, strict=True):
-                assert ids != own_ids and math.isnan(text.frequency)
-                assert text.word == gpt_neox_tokenizer().decode(ids)
-                assert text.word.strip().casefold() not in folded
-                assert gpt_neox_tokenizer().encode(text.word).ids == ids
-        assert len(orders) == 4
-
-
-def test_last_tokens_stand_at_one_position(main: Run) -> None:
+def test_last_tokens_stand_at_one_position_in_all_kinds(main: Run) -> None:
     texts = read_texts(main.results)
     kinds = ["word", "recombined", "alone", *(f"reference {number}" for number in (1, 2, 3))]
     assert texts.keys() == {(1, "word"), *product((2, 3, 4), kinds)}
     for (tokens, kind), group in texts.items():
         length = 1 if kind == "alone" else tokens
         for text, word in zip(group, texts[tokens, "word"], strict=True):
-            assert text.token_ids[:-length] == CARRIER[length - 1 :]
-            assert len(text.token_ids) == len(CARRIER) + 1
-            assert text.token_ids[-1] == word.token_ids[-1]
-            if kind == "alone":
-                assert text.word == gpt_neox_tokenizer().decode(text.token_ids[-1:])
+            own = text.token_ids[-length:]
+            assert text.token_ids == CARRIER[length - 1 :] + own
+            assert own[-1] == word.token_ids[-1]
+            if kind != "word":
+                assert text.word == helpers.gpt_neox_tokenizer().decode(own)
+                assert math.isnan(text.frequency)
+
+
+def test_recombined_strings_are_no_words(main: Run) -> None:
+    words = json.loads((main.results.parents[1] / WORDS).read_text(encoding="utf-8"))
+    texts, folded = read_texts(main.results), {word.casefold() for word in words}
+    for tokens in (2, 3, 4):
+        own, orders = [text.token_ids[:-1] for text in texts[tokens, "word"]], set()
+        for kind in ("recombined", "reference 1", "reference 2", "reference 3"):
+            group = texts[tokens, kind]
+            beginnings = [text.token_ids[:-1] for text in group]
+            orders.add(str(beginnings))
+            assert sorted(beginnings) == sorted(own)
+            for text, beginning, own_beginning in zip(group, beginnings, own, strict=True):
+                assert beginning != own_beginning
+                assert text.word.strip().casefold() not in folded
+                ids = helpers.gpt_neox_tokenizer().encode(text.word).ids
+                assert ids == text.token_ids[-tokens:]
+        assert len(orders) == 4
 
 
 def test_setting_of_the_study(miniature: Path, tmp_path: Path) -> None:
@@ -493,7 +480,7 @@ def plant(family: Path) -> None:
         value[brought_turned, of_first] = length * OF_FIRST[index] * torch.eye(12)
         model.get_input_embeddings().weight.copy_(torch.tensor(rows))
         model.get_output_embeddings().weight.copy_(torch.tensor(head))
-        save_checkpoint(model, family / f"step{step}")
+        helpers.save_checkpoint(model, family / f"step{step}")
 
 
 @pytest.fixture(scope="module")
@@ -569,6 +556,11 @@ def test_known_is_found_where_it_was_planted(truth: Run) -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_architecture_is_read_naively(compared: Path, others: dict[str, Path], name: str) -> None:
     assert_naive(compared / name, naive_tables(compared / name, others[name], OTHER_STEPS))
+    tokenizer = Tokenizer.from_file(str(others[name] / "step0" / "tokenizer.json"))
+    for tokens in (1, 2):
+        for text in read_texts(compared / name)[tokens, "word"]:
+            read = [tokenizer.id_to_token(token) for token in text.token_ids[-tokens:]]
+            assert "".join(read) in (f"Ġ{text.word}", f"▁{text.word}")
     assert_files(compared / name, [1, 2], OTHERS[name].num_hidden_layers + 1)
 
 
@@ -579,13 +571,18 @@ def test_architecture_that_cannot_read_trees_is_refused(tmp_path: Path, model_ty
     if model_type == "mistral":
         window = {"num_hidden_layers": 2, "num_key_value_heads": 1, "sliding_window": 4}
         config = tf.MistralConfig(**SHAPE, **window)
-    found = run(place(tmp_path, **SMALL), random_family(tmp_path / "family", config, {0: 0, 1: 1}))
+    found = run(
+        place(tmp_path, **SMALL), helpers.random_family(tmp_path / "family", config, {0: 0, 1: 1})
+    )
     assert f"model of type {model_type}" in error_line(found)
     assert kept(found.results) == {}
 
 
-def test_families_are_compared(compared: Path) -> None:
-    """By hand: of another depth, the nearest layer by layer / L; ties to the lower, 0 with 0."""
+def test_families_are_compared(compared: Path, small: Path) -> None:
+    """By hand: of another depth, the nearest layer by layer / L; ties to the lower, 0 with 0.
+
+    And each family's own tables are those of a run alone.
+    """
     of_family, depths, expected = {}, {}, {}
     for name, config in OTHERS.items():
         of_family[name], depths[name] = {}, config.num_hidden_layers
@@ -612,9 +609,6 @@ def test_families_are_compared(compared: Path) -> None:
     assert_picture(compared / "families.png")
     names = {file.name for file in compared.iterdir()}
     assert names == {*OTHERS, "families.csv", "families.png"}
-
-
-def test_tables_of_a_family_are_those_of_a_run_alone(compared: Path, small: Path) -> None:
     assert tables(compared / "small") == tables(small)
     assert [file.name for file in small.parent.iterdir()] == ["small"]
 
@@ -680,7 +674,7 @@ def test_replaced_weights_are_measured_again(others, small: Path, tmp_path: Path
     weights = family / "step0" / "model.safetensors"
     old = weights.stat()
     tensors = {name: tensor.flip(0).contiguous() for name, tensor in load_file(weights).items()}
-    write(weights, tensors)
+    helpers.write(weights, tensors)
     os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
     assert weights.stat().st_size == old.st_size
     assert good_run(script, family).measured() == 2
@@ -693,7 +687,7 @@ def test_replaced_weights_are_measured_again(others, small: Path, tmp_path: Path
 def test_a_kill_loses_one_checkpoint_at_most(planted: Path, truth: Run, tmp_path: Path) -> None:
     script = place_planted(tmp_path)
     results = tmp_path / truth.results.parent.name / "planted"
-    process = start(script, planted, logs=tmp_path)
+    process = helpers.start(script, planted, logs=tmp_path)
     while len(kept(results)) < 2:
         assert process.is_alive()
         time.sleep(0.01)
@@ -726,7 +720,7 @@ def test_copies_among_checkpoints_are_named(miniature: Path, tmp_path: Path) -> 
         if re.search(r"embed_in|layers\.[012]\.", name):
             weights[16][name] = tensor
     for step in (1, 16):
-        write(family / f"step{step}" / "model.safetensors", weights[step])
+        helpers.write(family / f"step{step}" / "model.safetensors", weights[step])
     settings = SMALL | {"GROUPS": (2,), "KINDS": ("word", "recombined")}
     found, named = good_run(place(tmp_path / "here", **settings), family), set()
     for warning in found.warnings():
@@ -755,62 +749,41 @@ def assert_files(results: Path, groups: list[int], layers: int, without=frozense
         assert_picture(file)
 
 
-def test_files_of_a_run(main: Run) -> None:
-    assert_files(main.results, [1, 2, 3, 4], 7)
-    assert sorted(int(name[4:].split("-")[0]) for name in kept(main.results)) == STEPS
-    files = {file.name for file in (main.results / "kept").iterdir()}
-    assert files - kept(main.results).keys() == {"family.txt"}
-
-
-def curves_in(rows: dict, name: str, over: int) -> dict[tuple, list[float]]:
-    """The values of a column against the part of the keys at a place, by the other parts."""
-    found = {}
-    for key, row in rows.items():
-        found.setdefault(key[:over] + key[over + 1 :], []).append(row[name])
-    return found
-
-
 def test_figures_show_the_tables(main: Run) -> None:
     """Each curve is among a figure's lines, in its own numbers or in log(1 + step)."""
-    rows, half_way = (
-        read_rows(main.results, f"{name}.csv") for name in ("convergence", "half_way")
-    )
-    expected = {
-        "known": curves_in(read_rows(main.results, "known.csv"), "known", 1).values(),
-        "half_way": [*curves_in(read_rows(main.results, "contrasts.csv"), "ratio", 2).values()],
-        "layer_03": [],
-        "group_2_tokens": [],
-    }
-    for (_, kind, measure), curve in curves_in(half_way, "half_way_step", 3).items():
-        if (kind, measure) not in (("recombined", "centred"), ("word", "known")):
-            expected["half_way"].append(curve)
-    for name in ("similarity", "centred", "composed", "unrelated", "stability"):
-        for (tokens, kind, layer), curve in curves_in(rows, name, 2).items():
-            if kind == "word" and layer == 3:
-                expected["layer_03"].append(curve)
-            if kind == "word" and tokens == 2 and name != "stability":
-                expected["group_2_tokens"].append(curve)
-    for stem, curves in expected.items():
-        drawn = json.loads((main.results.parents[1] / f"{stem}.json").read_text())
-        lines = [np.array(line) for line in drawn] + [np.expm1(line) for line in drawn]
-        for curve in curves:
-            near = [line for line in lines if len(line) == len(curve)]
-            assert np.isclose(near, curve, atol=1e-5, equal_nan=True).all(1).any(), (stem, curve)
+    curves = {}  # {(figure, other parts of the key, column): values}
+    for table, column, over in (
+        ("known.csv", "known", 1),
+        ("half_way.csv", "half_way_step", 3),
+        ("contrasts.csv", "ratio", 2),
+        ("convergence.csv", "centred", 2),
+        ("convergence.csv", "composed", 2),
+    ):
+        for key, row in read_rows(main.results, table).items():
+            figure = "half_way"
+            if over < 3 and column != "ratio":
+                figure = "known" if column == "known" else f"layer_{key[-1]:02d}"
+            if "recombined" not in key and "alone" not in key and "known" not in key:
+                place = (figure, key[:over] + key[over + 1 :], column)
+                curves.setdefault(place, []).append(row[column])
+    for (figure, *place), curve in curves.items():
+        drawn = json.loads((main.results.parents[1] / f"{figure}.json").read_text())
+        lines = [np.array(line) for line in drawn if len(line) == len(curve)]
+        near = np.isclose([*lines, *map(np.expm1, lines)], curve, atol=1e-5, equal_nan=True)
+        assert near.all(1).any(), (figure, place)
 
 
 def test_last_lines_say_the_answer(main: Run) -> None:
     """known at the end, half-way steps in three layers, contrasts in the middle one."""
     lines, wanted = main.out.splitlines(), []
-    assert lines[0] == f"family   {main.results.parent}" or lines[0].startswith("family   ")
-    assert lines[-1] == f"results  {main.results}"
-    for (_, step), row in read_rows(main.results, "known.csv").items():
-        if step == STEPS[-1]:
-            wanted.append(f"{row['known']:.2f} nats [{row['low']:.2f}, {row['high']:.2f}]")
-    for (_, kind, _, layer), row in read_rows(main.results, "half_way.csv").items():
-        if kind == "word" and layer in (0, 3, 6) and not math.isnan(row["half_way_step"]):
-            wanted.append(f"{row['half_way_step']:.0f} [{row['low']:.0f}, {row['high']:.0f}]")
+    assert lines[0].startswith("family   ") and lines[-1] == f"results  {main.results}"
+    for table, column, digits in (("known", "known", 2), ("half_way", "half_way_step", 0)):
+        for key, row in read_rows(main.results, f"{table}.csv").items():
+            shown = key[-1] == STEPS[-1] or (key[1] == "word" and key[-1] in (0, 3, 6))
+            if shown and not math.isnan(row[column]):
+                wanted.append([f"{row[name]:.{digits}f}" for name in (column, "low", "high")])
     for (_, _, layer), row in read_rows(main.results, "contrasts.csv").items():
         if layer == 3:
-            wanted.append(f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}]")
-    for text in wanted:
-        assert text in "\n".join(lines[4:]), text
+            wanted.append([f"{value:.2f}" for value in row.values()])
+    for value, low, high in wanted:
+        assert re.search(rf" {value}( nats)? \[{low}, {high}\]", "\n".join(lines[4:]))
