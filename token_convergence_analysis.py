@@ -745,6 +745,7 @@ def panels_of(title: str, rows: int, columns: int, **share) -> tuple[Figure, np.
     panels = figure.subplots(rows, columns, squeeze=False, **share)
     for axes in panels.flat:
         axes.grid(alpha=0.3, which="both")
+        axes.xaxis.get_major_locator().set_params(integer=True)  # of layers
     return figure, panels
 
 

@@ -74,7 +74,8 @@ def tables(results: Path) -> list[bytes]:
 
 def kept(results: Path) -> dict[str, int]:
     """{name: time at which it was written} of what is kept of each checkpoint."""
-    return {file.name: file.stat().st_mtime_ns for file in (results / "kept").glob("step*.npz")}
+    files = (results / "kept").glob(f"step*-{16 * '?'}.npz")  # not one that is being written
+    return {file.name: file.stat().st_mtime_ns for file in files}
 
 
 # ---- the plain computation, from texts.csv alone -------------------------------------------------
