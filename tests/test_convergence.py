@@ -21,10 +21,10 @@ import transformers as tf
 from helpers import ALL_WORDS, WORDS, Run, edit, error_line, good_run, link, place, run, token_ids
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 SIZE = 24  # words of a group
-STEPS = [0, 1, 4, 16, 64]
+STEPS = [0, 4, 16, 64]
 CARRIER = token_ids("The next word that you will find on this page of the list is", False)
 BOS = 0  # <|endoftext|>
 KEYS = {  # columns that say what a row is about
@@ -74,8 +74,7 @@ def tables(results: Path) -> list[bytes]:
 
 def kept(results: Path) -> dict[str, int]:
     """{name: time at which it was written} of what is kept of each checkpoint."""
-    files = (results / "kept").glob(f"step*-{16 * '?'}.npz")  # not one that is being written
-    return {file.name: file.stat().st_mtime_ns for file in files}
+    return {file.name: file.stat().st_mtime_ns for file in (results / "kept").glob("step*.npz")}
 
 
 # ---- the plain computation, from texts.csv alone -------------------------------------------------
@@ -247,7 +246,7 @@ SMALL = {"GROUPS": (1, 2), "WORDS_PER_GROUP": SIZE}
 
 @pytest.fixture(scope="module")
 def main(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """All steps, groups and kinds of the miniature, of words whose last tokens are often shared."""
+    """All groups and kinds of the miniature, of words whose last tokens are often shared."""
     counts = Counter(token_ids(word)[-1] for word in ALL_WORDS if len(token_ids(word)) > 1)
     common, words = {token for token, _ in counts.most_common(60)}, {}
     for word, frequency in ALL_WORDS.items():
@@ -257,7 +256,7 @@ def main(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     settings = {"WORDS_PER_GROUP": SIZE, "BOOTSTRAP_RESAMPLES": 5000}
     script = place(folder, inputs={WORDS: words}, **settings)
     edit(script, "from matplotlib.figure import Figure\n", NOTE_LINES)  # for the test of figures
-    return good_run(script, miniature)
+    return good_run(script, link(miniature, folder / "linked", STEPS))
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +274,10 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, config in OTHERS.items():
         families[name] = helpers.random_family(folder / name, config, {0: 0, 3: 0.4, 15: 1})
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    spaces = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    strings = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.normalizer = normalizers.Sequence(spaces)
+    tokenizer.decoder = decoders.Sequence(strings)
     special = {"special_tokens": ["<|endoftext|>"], "show_progress": False}
     tokenizer.train_from_iterator(ALL_WORDS, trainers.BpeTrainer(vocab_size=5000, **special))
     for folder in families["llama"].iterdir():
