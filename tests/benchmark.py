@@ -12,8 +12,6 @@ its own. The limit of a checkpoint is that of multiplying its matrices,
 where the rate is that of the model's own linear layers, one after the other, at 256 tokens, the
 best of six rounds. Memory is the peak of what belongs to no file (RssAnon, on Linux).
 
---growth prints beside its seconds what this formula gives, whose constants were fitted to it:
-    START + checkpoints x (LOADING x GB + EFFORT x billions of linear weights x prefixes / rate).
 --peers reads the words of kind `word`, all layers, at the last token: one word at a time by
 transformers; TransformerLens (the residual stream) and minicons (the mean over a word's tokens) in
 batches of 64 words of one length, in PYTHON, an interpreter that has benchmark_requirements.txt.
@@ -43,7 +41,6 @@ SHAPES = {  # layers, width, heads
 }
 KINDS = [("word",), ("word", "alone"), ("word", "recombined"), ("word", "recombined", "alone")]
 GROWTH = (60, 250, 1000, 2000)  # words a group, at most
-START, LOADING, EFFORT = 15, 2, 2.4  # of the formula: seconds; seconds a GB; operations
 SAMPLE_SECONDS = 25
 # --------------------------------------------------------------------------------------------------
 
@@ -241,7 +238,6 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="benchmark_") as folder:
         family = make_family(Path(folder) / f"random_{asked.shape}", asked.shape)
-        size = sum(file.stat().st_size for file in (family / "step0").glob("*.safetensors")) / 1e9
         _, (weights, rate) = apart("matrix_rate", str(family))
         print(
             f"{asked.shape}: {rate:.0f} GFLOP/s on {torch.get_num_threads()} threads\n", flush=True
@@ -255,8 +251,6 @@ def main() -> None:
             for words in GROWTH:
                 more = {"WORDS_PER_GROUP": words, "MATCH_FREQUENCY": False}
                 run = run_apart(SCRIPTS[0], family, **more)
-                passes = EFFORT * weights * run["prefixes"] / rate
-                run["formula, s"] = START + 2 * (LOADING * size + passes)
                 rows.append({"words a group": words} | run)
         elif asked.peers:
             _, texts = apart("word_ids", str(family), asked.words)
