@@ -39,6 +39,7 @@ import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
@@ -64,13 +65,13 @@ CONTEXTS_FILE = "multitoken_words_contexts.json"  # {word: {"sentences", "replac
 WORDS_FILE = "words_list.json"  # {word: ...}: none of these is a non-word
 # words
 SAME_LENGTH = True  # the replacing word has as many tokens as the word; False: any number
-WORDS_TO_PLOT = 20  # words with a figure of their own: how many, or a list such as ["raccoon"]
+WORDS_TO_PLOT = 10  # words with a figure of their own: how many, or a list such as ["raccoon"]
 PREPEND_BOS = True  # read a sentence after BOS, away from the attention sink at position 0
 BOS = "<|endoftext|>"  # of the family's tokenizer
 # model
 DTYPE = "float32"  # of weights and activations: "float32", "bfloat16", "float16"
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
-BATCH_TOKENS = None  # tokens in a forward pass, at most; None = 256 on a CPU, 2048 elsewhere
+BATCH_TOKENS = None  # tokens in a forward pass, at most; None = 512 on a CPU, 2048 elsewhere
 # statistics
 SEED = 0  # of the non-words, of the words to plot and of the bootstrap
 BOOTSTRAP_RESAMPLES = 1000  # resamples of the last tokens behind an interval
@@ -205,26 +206,29 @@ def recombine(sequences: list, count: int, tokenizer: Tokenizer, words: set[str]
 
     What makes words, or would be read in another way, exchanges beginnings until nothing does.
     """
+
+    @cache
+    def fits(start: int, end: int) -> bool:
+        ids = sequences[start][:-1] + sequences[end][-1:]
+        string = tokenizer.decode(ids)
+        same = tuple(tokenizer.encode(string, add_special_tokens=False).ids) == ids
+        return start != end and same and string.strip().casefold() not in words
+
     rng = np.random.default_rng([SEED, len(sequences[0])])
-    order, fits, found = rng.permutation(len(sequences)), {}, []  # whose beginning each gets
+    order, found = rng.permutation(len(sequences)).tolist(), []  # whose beginning each gets
     for _ in range(100 * count * len(sequences)):
-        made = []
-        for start, ids in zip(order, sequences, strict=True):
-            made.append(sequences[start][:-1] + ids[-1:])
-        for ids in set(made) - fits.keys():
-            string = tokenizer.decode(ids)
-            same = tuple(tokenizer.encode(string, add_special_tokens=False).ids) == ids
-            fits[ids] = same and string.strip().casefold() not in words
-        bad = [i for i, ids in enumerate(made) if not fits[ids] or order[i] == i]
+        bad = [end for end, start in enumerate(order) if not fits(start, end)]
         if bad:
             one, other = rng.choice(bad), rng.integers(len(sequences))
-            order[[one, other]] = order[[other, one]]
+            if fits(order[other], one) + fits(order[one], other) >= fits(order[other], other):
+                order[one], order[other] = order[other], order[one]
             continue
+        made = [sequences[start][:-1] + sequences[end][-1:] for end, start in enumerate(order)]
         if made not in found:
             found.append(made)
         if len(found) == count:
             break
-        order = rng.permutation(len(sequences))
+        order = rng.permutation(len(sequences)).tolist()
     return found
 
 
@@ -405,20 +409,20 @@ def read_states(folder: Path, trees: list, texts: list[Text], device: torch.devi
     return unit, log_prob
 
 
-def compare(unit: Tensor, entries: list[Entry]) -> dict[str, np.ndarray]:
+def compare(unit: np.ndarray, entries: list[Entry]) -> dict[str, np.ndarray]:
     """COSINES of each entry in one layer, float32 (entries,), NaN if undefined.
 
     unit: float32 (texts, width), the unit states.
     """
     found = {name: np.full(len(entries), np.nan, np.float32) for name in COSINES}
     bases = unit[[entry.sentences[0] for entry in entries]]
-    with_others = bases @ bases.sum(0) - bases.square().sum(-1)
-    found["unrelated"] = (with_others / (len(entries) - 1)).numpy()
+    with_others = bases @ bases.sum(0) - np.square(bases).sum(-1)
+    found["unrelated"] = with_others / (len(entries) - 1)
     for index, entry in enumerate(entries):
         words, others = unit[entry.sentences], unit[entry.non_words]
         found["P1"][index] = (words[1:] @ words[0]).mean()
         found["P2"][index] = (unit[entry.perturbed] @ words[0]).mean()
-        different = ~torch.eye(len(words), dtype=torch.bool)  # pairs of different sentences
+        different = ~np.eye(len(words), dtype=bool)  # pairs of different sentences
         found["same_word"][index] = (words @ words.T)[different].mean()
         if entry.non_words:
             found["same_non_word"][index] = (others @ others.T)[different].mean()
@@ -429,14 +433,14 @@ def compare(unit: Tensor, entries: list[Entry]) -> dict[str, np.ndarray]:
 def measure(checkpoints, files, texts, start, entries, device) -> None:
     """Measures the steps of files, {step: npz}, and keeps what is found of each at once."""
     sequences = [start + text.token_ids for text in texts]
-    trees = prefix_trees(sequences, BATCH_TOKENS or (256 if device.type == "cpu" else 2048))
+    trees = prefix_trees(sequences, BATCH_TOKENS or (512 if device.type == "cpu" else 2048))
     if device.type == "cpu" and DTYPE == "float32" and torch.backends.mkldnn.is_available():
         linear = torch.ops.mkldnn._linear_pointwise  # on AMD CPUs twice as fast as torch's default
         torch.nn.Linear.forward = lambda self, x: linear(x, self.weight, self.bias, "none", [], "")
     with tqdm(total=len(trees) * len(files), unit="batch", disable=RANK > 0) as bar:
         for step, file in files.items():
             unit, log_prob = read_states(checkpoints[step], trees, texts, device, bar)
-            layers = [compare(of_layer, entries) for of_layer in unit]
+            layers = [compare(of_layer, entries) for of_layer in unit.numpy()]
             found = {name: np.stack([layer[name] for layer in layers]) for name in COSINES}
             partial_file = file.with_suffix(".partial.npz")
             np.savez(partial_file, log_prob=log_prob, **found)
@@ -524,10 +528,9 @@ def tabulate(rows: list[int], weights: np.ndarray, found: dict) -> dict[str, np.
 def find_known(log_prob: np.ndarray, entries: list[Entry], weights: np.ndarray) -> np.ndarray:
     """What known.csv says of entries, float64 (5, steps). log_prob: float32 (steps, texts)."""
     sums = np.zeros((2, len(log_prob), len(entries)))  # of words and of non-words
-    counts = np.zeros(len(entries))  # sentences that are read with both
+    counts = np.array([len(entry.non_words) for entry in entries])  # sentences read with both
     for index, entry in enumerate(entries):
         if entry.non_words:
-            counts[index] = len(entry.sentences)
             for kind, rows in enumerate((entry.sentences, entry.non_words)):
                 sums[kind, :, index] = log_prob[:, rows].sum(1, dtype=np.float64)
     known = weights @ (sums[0] - sums[1]).T / (weights @ counts)[:, None]
@@ -647,23 +650,21 @@ def draw_cosines(file: Path, title: str, steps: list[int], table: dict[str, np.n
     figure, panels = panels_of(title, *shape, sharex=True, sharey=True)
     for axes in panels.flat[len(steps) :]:
         axes.set_axis_off()
-    labels = {"P1": "P1: other contexts", "P2": "P2: other word", "unrelated": "unrelated words"}
-    colours = {"P1": "#0072b2", "P2": "#d55e00", "unrelated": "grey"}
+    colours = {"P1: other contexts": "#0072b2", "P2: other word": "#d55e00", "unrelated": "grey"}
     for (index, step), axes in zip(enumerate(steps), panels.flat, strict=False):
         axes.set_title(f"step {step}", fontsize="medium")
-        for name, label in labels.items():
-            values = table[name][..., index, :]
+        for label, colour in colours.items():
+            values = table[label.split(":")[0]][..., index, :]
             values = np.broadcast_to(values, (3, values.shape[-1]))
-            draw_line(axes, range(values.shape[1]), values, label, color=colours[name], marker=".")
+            draw_line(axes, range(values.shape[1]), values, label, color=colour, marker=".")
     figure.supylabel("mean cosine", fontsize="medium")
     finish(figure, panels[0, 0], LAYER_LABEL, file)
 
 
 def draw_figures(results, steps, entries, found, groups, tables) -> None:
     (results / "words").mkdir(exist_ok=True)
-    for file in [*results.iterdir(), *(results / "words").iterdir()]:  # of an earlier run
-        if re.fullmatch(r"gain\.png|mean_(all|\d+_tokens)\.png|\d+_tokens_.+\.png", file.name):
-            file.unlink()
+    for file in [*results.glob("mean_[0-9]*.png"), *(results / "words").glob("[0-9]*.png")]:
+        file.unlink()  # of an earlier run
     draw_gain(results, steps, groups, tables)
     shown = []  # (file, title, table)
     for tokens, table in tables.items():
@@ -753,8 +754,7 @@ def print_answer(step: int, groups: dict, tables: dict) -> None:
     print0(f"gain at step {step} [95 % interval]".ljust(32) + header + f"{'known, nats':>23}")
     for tokens, table in tables.items():
         line = f"  {len(groups[tokens])} words, tokens: {tokens}".ljust(32)
-        values = [table["gain"][:, -1, layer] for layer in shown]
-        for value, low, high in [*values, table["known"][2:, -1]]:
+        for value, low, high in [*table["gain"][:, -1, shown].T, table["known"][2:, -1]]:
             line += f"{f'{value:.2f} [{low:.2f}, {high:.2f}]':>23}"
         print0(line)
     low, high = np.stack([table["gain"][1:, -1] for table in tables.values()], axis=1)
@@ -793,7 +793,8 @@ def analyse(family: Path, plan: tuple, device: torch.device) -> dict[tuple, np.n
         return {}
     kept = [np.load(files[step]) for step in steps]
     found = {name: np.stack([arrays[name] for arrays in kept]) for name in ("log_prob", *COSINES)}
-    warn_of_copies(steps, found["unrelated"])
+    if len({entry.token_ids[-1] for entry in entries}) > 2:  # else layer 0 is no fingerprint
+        warn_of_copies(steps, found["unrelated"])
     tables = {}
     groups["all"] = np.arange(len(entries))
     for tokens, rows in groups.items():
@@ -840,7 +841,7 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     matplotlib.rcdefaults()  # figures do not depend on a user's matplotlibrc
     np.seterr(invalid="ignore", divide="ignore")  # NaN is an answer: not defined
-    warnings.filterwarnings("ignore", "All-NaN")
+    warnings.filterwarnings("ignore", "All-NaN|Mean of empty")
     try:
         with torch.inference_mode():
             main()

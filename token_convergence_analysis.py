@@ -42,7 +42,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import reduce
+from functools import cache, reduce
 from itertools import product
 from operator import and_
 from pathlib import Path
@@ -80,7 +80,7 @@ BOS = "<|endoftext|>"  # of the family's tokenizer
 # model
 DTYPE = "float32"  # of weights and activations: "float32", "bfloat16", "float16"
 DEVICE = "auto"  # "auto" (cuda, else mps, else cpu), "cpu", "cuda", "cuda:1" or "mps"
-BATCH_TOKENS = None  # tokens in a forward pass, at most; None = 256 on a CPU, 2048 elsewhere
+BATCH_TOKENS = None  # tokens in a forward pass, at most; None = 512 on a CPU, 2048 elsewhere
 # statistics
 SEED = 0  # of the draw of words, of the recombinations and of the bootstrap
 BOOTSTRAP_RESAMPLES = 1000  # resamples of the last tokens behind an interval
@@ -292,26 +292,29 @@ def recombine(sequences: list, count: int, tokenizer: Tokenizer, words: set[str]
 
     What makes words, or would be read in another way, exchanges beginnings until nothing does.
     """
+
+    @cache
+    def fits(start: int, end: int) -> bool:
+        ids = sequences[start][:-1] + sequences[end][-1:]
+        string = tokenizer.decode(ids)
+        same = tuple(tokenizer.encode(string, add_special_tokens=False).ids) == ids
+        return start != end and same and string.strip().casefold() not in words
+
     rng = np.random.default_rng([SEED, len(sequences[0])])
-    order, fits, found = rng.permutation(len(sequences)), {}, []  # whose beginning each gets
+    order, found = rng.permutation(len(sequences)).tolist(), []  # whose beginning each gets
     for _ in range(100 * count * len(sequences)):
-        made = []
-        for start, ids in zip(order, sequences, strict=True):
-            made.append(sequences[start][:-1] + ids[-1:])
-        for ids in set(made) - fits.keys():
-            string = tokenizer.decode(ids)
-            same = tuple(tokenizer.encode(string, add_special_tokens=False).ids) == ids
-            fits[ids] = same and string.strip().casefold() not in words
-        bad = [i for i, ids in enumerate(made) if not fits[ids] or order[i] == i]
+        bad = [end for end, start in enumerate(order) if not fits(start, end)]
         if bad:
             one, other = rng.choice(bad), rng.integers(len(sequences))
-            order[[one, other]] = order[[other, one]]
+            if fits(order[other], one) + fits(order[one], other) >= fits(order[other], other):
+                order[one], order[other] = order[other], order[one]
             continue
+        made = [sequences[start][:-1] + sequences[end][-1:] for end, start in enumerate(order)]
         if made not in found:
             found.append(made)
         if len(found) == count:
             break
-        order = rng.permutation(len(sequences))
+        order = rng.permutation(len(sequences)).tolist()
     return found
 
 
@@ -523,7 +526,7 @@ def measure(checkpoints, files, texts, start, curves, device) -> None:
     pairs = zip(steps, [*steps[1:], None], strict=True)  # stability takes the one before, too
     needed = [step for step, after in pairs if step in files or after in files]
     sequences = [start + text.token_ids for text in texts]
-    trees = prefix_trees(sequences, BATCH_TOKENS or (256 if device.type == "cpu" else 2048))
+    trees = prefix_trees(sequences, BATCH_TOKENS or (512 if device.type == "cpu" else 2048))
     if device.type == "cpu" and DTYPE == "float32" and torch.backends.mkldnn.is_available():
         linear = torch.ops.mkldnn._linear_pointwise  # on AMD CPUs twice as fast as torch's default
         torch.nn.Linear.forward = lambda self, x: linear(x, self.weight, self.bias, "none", [], "")
@@ -1046,7 +1049,7 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     matplotlib.rcdefaults()  # figures do not depend on a user's matplotlibrc
     np.seterr(invalid="ignore", divide="ignore")  # NaN is an answer: not defined
-    warnings.filterwarnings("ignore", "All-NaN")
+    warnings.filterwarnings("ignore", "All-NaN|Mean of empty")
     try:
         with torch.inference_mode():
             main()
