@@ -125,15 +125,6 @@ def good_run(script: Path, *arguments: object, **options) -> Run:
     return found
 
 
-def error_line(found: Run) -> str:
-    """The one line that a failed run ends with."""
-    assert found.code == 2, found.err
-    assert "results  " not in found.out
-    errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
-    assert errors == [found.err.splitlines()[-1]], found.err
-    return errors[0]
-
-
 def read_csv(file: Path) -> list[dict[str, str]]:
     with file.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
