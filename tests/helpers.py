@@ -13,16 +13,16 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from miniature import TOKENIZER_FILE
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
@@ -37,9 +37,9 @@ ALL_WORDS = json.loads((ROOT / WORDS).read_text(encoding="utf-8"))
 RESAMPLES = 1000
 
 # a new Python imports the libraries for five seconds; processes forked from one that has are ready
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where that one finds this file
 FORKS = multiprocessing.get_context("forkserver")
-LIBRARIES = ["matplotlib.figure", "safetensors.torch", "torch.distributed", "tokenizers"]
-FORKS.set_forkserver_preload([*LIBRARIES, "transformers.models.gpt_neox.modeling_gpt_neox"])
+FORKS.set_forkserver_preload(["helpers", "transformers.models.gpt_neox.modeling_gpt_neox"])
 
 
 # ---- a script and its run ------------------------------------------------------------------------
@@ -83,40 +83,54 @@ class Run(NamedTuple):
     def warnings(self) -> list[str]:
         return re.findall(r"(?m)^warning: (.*)$", self.out + self.err)
 
+    def errors(self) -> list[str]:
+        """Lines of standard error that are no progress bars."""
+        bar, lines = r"(\w+: )?\s*\d+%\|", filter(None, re.split(r"[\r\n]", self.err))
+        return [line for line in lines if "error: " in line or not re.match(bar, line)]
 
-def run_here(script: Path, arguments: list[str], variables: dict[str, str], logs: Path) -> None:
-    """Runs a script in this process, as python does; standard output and error go to logs."""
+
+def do_not_draw() -> None:
+    """Figures take seconds."""
+    Figure.savefig = lambda figure, file: Path(file).write_bytes(b"a figure")
+
+
+def be_script(script: Path, families: list[str], before: Callable | None) -> None:
+    """Runs a script in this process, as python does; its output and errors go beside it."""
+    if before:
+        before()
     os.chdir("/")
-    os.environ.update(variables)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(logs / name, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = [str(script), *arguments]
+        os.dup2(os.open(script.with_name(name), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [str(script), *families]
     runpy.run_path(str(script), run_name="__main__")
 
 
-def start(script: Path, *arguments: object, logs: Path, **variables: str) -> BaseProcess:
+def start(script: Path, *families: Path, before: Callable | None = None) -> BaseProcess:
     """Starts a script in a process of its own, in another folder than its own, with one thread."""
-    process = FORKS.Process(target=run_here, args=(script, [*map(str, arguments)], variables, logs))
+    process = FORKS.Process(target=be_script, args=(script, [*map(str, families)], before))
     process.start()
     return process
 
 
-def run(script: Path, *arguments: object, launcher=None, **variables: str) -> Run:
-    """Runs a script as a user does. launcher: what stands between a new python and the script."""
-    if launcher is None:
-        with TemporaryDirectory() as logs:
-            process = start(script, *arguments, logs=Path(logs), **variables)
-            process.join(300)
-            out, err = (Path(logs, name).read_text(encoding="utf-8") for name in ("out", "err"))
-        code = process.exitcode
+def finish(process: BaseProcess, script: Path) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
+    process.join(300)  # seconds, after which it hangs
+    process.kill()
+    return process.exitcode, *(script.with_name(name).read_text() for name in ("out", "err"))
+
+
+def run(script: Path, *families: Path, launcher=(), before: Callable | None = None) -> Run:
+    """Runs a script as a user does.
+
+    launcher: what stands between a new python and the script. before: is called at its start.
+    """
+    if launcher:
+        command = [sys.executable, *launcher, script, *families]
+        ended = subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=300)
+        found = ended.returncode, ended.stdout, ended.stderr
     else:
-        command = [sys.executable, *launcher, str(script), *map(str, arguments)]
-        pipes = {"capture_output": True, "text": True, "timeout": 300}
-        process = subprocess.run(command, cwd="/", env=os.environ | variables, **pipes)
-        code, out, err = process.returncode, process.stdout, process.stderr
-    assert "Traceback" not in out + err, err
-    family = Path(str(arguments[0])).name if arguments else ""
-    return Run(code, out, err, script.parent / RESULTS[script.name] / family)
+        found = finish(start(script, *families, before=before), script)
+    return Run(*found, script.parent / RESULTS[script.name] / families[0].name)
 
 
 def good_run(script: Path, *arguments: object, **options) -> Run:

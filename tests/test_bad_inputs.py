@@ -24,16 +24,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import CONTEXTS, CONVERGENCE, PERTURBATION, RESULTS, WORDS, place, read_csv
-from matplotlib.figure import Figure
+from helpers import CONTEXTS, RESULTS, WORDS, Run, do_not_draw, place, read_csv, start
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-BOTH = FIRST, SECOND = CONVERGENCE.name, PERTURBATION.name
+BOTH = FIRST, SECOND = tuple(RESULTS)  # names of the scripts
 LATE = "gpt_neox.layers.1.attention.dense.bias"  # a tensor of the last of two layers
-os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the forks' parent imports this file, too
-PRELOADED = [*helpers.LIBRARIES, "transformers.models.gpt_neox.modeling_gpt_neox"]
-helpers.FORKS.set_forkserver_preload([*PRELOADED, "test_bad_inputs"])
 BOTH_SCRIPTS = pytest.mark.parametrize("script", BOTH)
 
 
@@ -63,8 +59,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sentences = [f"it was a {word}", f"here is the {word}"]
         contexts[word] = {"sentences": sentences, "replaced_sentences": []}
     inputs = {WORDS: frequencies, CONTEXTS: contexts}
-    place(folder, CONVERGENCE, inputs, GROUPS=(1, 2), BOOTSTRAP_RESAMPLES=50)
-    place(folder, PERTURBATION, inputs, WORDS_TO_PLOT=1, BOOTSTRAP_RESAMPLES=50)
+    place(folder, helpers.CONVERGENCE, inputs, GROUPS=(1, 2), BOOTSTRAP_RESAMPLES=50)
+    place(folder, helpers.PERTURBATION, inputs, WORDS_TO_PLOT=1, BOOTSTRAP_RESAMPLES=50)
     shape = {"intermediate_size": 32, "max_position_embeddings": 64}
     save_family(folder / "family", tokenizer, "gpt_neox", **shape)
     for script in BOTH:
@@ -81,42 +77,18 @@ def folder(project: Path, tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
-def do_not_draw() -> None:
-    """It takes seconds."""
-    Figure.savefig = lambda figure, file: Path(file).write_bytes(b"a figure")
+def run(folder: Path, script: str, before: Callable | None = do_not_draw) -> Run:
+    """Runs a script on the project's family and, if there is one, on another of the same name."""
+    families = [folder / "family", *folder.glob("other/family")]
+    return helpers.run(folder / script, *families, before=before)
 
 
-def be_script(script: Path, before: Callable, logs: Path) -> None:
-    before()
-    families = [script.parent / "family", *script.parent.glob("other/family")]
-    helpers.run_here(script, [*map(str, families)], {}, logs)
-
-
-def start(script: Path, before: Callable = do_not_draw):
-    """A process of a script, at whose start `before` is called, and the folder of its logs."""
-    logs = Path(mkdtemp(dir=script.parents[1]))
-    process = helpers.FORKS.Process(target=be_script, args=(script, before, logs))
-    process.start()
-    return process, logs
-
-
-def finish(process, logs: Path) -> tuple[int, str, list[str]]:
-    """Exit code, standard output, lines of standard error that are no progress bars."""
-    process.join(60)  # seconds, after which it hangs
-    process.kill()
-    lines = []
-    for line in re.split(r"[\r\n]+", (logs / "err").read_text()):
-        if "error: " in line or not re.match(r"(\w+: )?\s*\d+%\||$", line):
-            lines.append(line)
-    return process.exitcode, (logs / "out").read_text(), lines
-
-
-def assert_says(ended: tuple[int, str, list[str]], says: str) -> None:
+def assert_says(found: Run, says: str) -> None:
     """A run ended with one line that holds parts, parted by dots, in their order."""
-    code, out, lines = ended
-    assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
-    assert re.search(".*".join(map(re.escape, says.split(" … "))), lines[0]), lines[0]
-    assert "results  " not in out
+    lines, pattern = found.errors(), ".*".join(map(re.escape, says.split(" … ")))
+    assert found.code == 2 and len(lines) == 1, lines
+    assert re.match(f"error: .*{pattern}", lines[0]), lines
+    assert "results  " not in found.out
 
 
 def snapshot(folder: Path, pattern: str = "*.*") -> dict[Path, bytes]:
@@ -288,7 +260,7 @@ def test_one_line_says_what_is_wrong(folder: Path, name: str, script: str) -> No
     says, spoil = (FAULTS | FAULTS_OF_FIRST | FAULTS_OF_SECOND)[name]
     spoil(folder)
     before = snapshot(folder / RESULTS[script])
-    assert_says(finish(*start(folder / script)), says)
+    assert_says(run(folder, script), says)
     assert snapshot(folder / RESULTS[script]) == before
 
 
@@ -338,10 +310,8 @@ def test_what_is_odd_changes_no_result(folder: Path, name: str, script: str) -> 
     pattern = "*.png" if name == "matplotlibrc" else "*.csv"
     for file in (folder / RESULTS[script]).rglob(pattern):
         file.unlink()
-    ended = finish(
-        *start(folder / script, read_matplotlibrc if pattern == "*.png" else do_not_draw)
-    )
-    assert (ended[0], ended[2]) == (0, [])
+    found = run(folder, script, read_matplotlibrc if pattern == "*.png" else do_not_draw)
+    assert (found.code, found.errors()) == (0, [])
     after = snapshot(folder / RESULTS[script] / "family", pattern)
     if name == "no output layer":
         after.pop(Path("half_way.csv"), None)
@@ -356,8 +326,8 @@ def test_two_spellings_and_zipf_values_are_warned_of(folder: Path) -> None:
     values = {"jalapeño": 4.1, unicodedata.normalize("NFD", "jalapeño"): 5}
     values |= dict.fromkeys([*json.loads((folder / WORDS).read_text())][1:], 4.1)
     content(folder, WORDS, values)
-    code, out, _ = finish(*start(folder / FIRST))
-    assert code == 0 and re.search("warning: words_list.json: .*twice", out), out
+    out = run(folder, FIRST).out
+    assert re.search("warning: words_list.json: .*twice", out), out
     assert re.search("warning: words_list.json: .* powers of ten: .* not Zipf values", out), out
     rows = read_csv(folder / RESULTS[FIRST] / "family" / "texts.csv")
     assert [float(row["frequency"]) for row in rows if row["word"] == "jalapeño"] == [4.1]
@@ -368,11 +338,11 @@ def test_two_spellings_and_zipf_values_are_warned_of(folder: Path) -> None:
 
 @BOTH_SCRIPTS
 def test_head_does_not_end_a_run(folder: Path, script: str) -> None:
+    (folder / "out").unlink()  # of the project's own run
     os.mkfifo(folder / "out")
     head = subprocess.Popen(["head", "-1", folder / "out"], stdout=subprocess.PIPE, text=True)
     shutil.rmtree(folder / RESULTS[script])
-    process = helpers.FORKS.Process(target=be_script, args=(folder / script, do_not_draw, folder))
-    process.start()
+    process = start(folder / script, folder / "family", before=do_not_draw)
     assert head.communicate(timeout=60)[0].startswith("family   ")
     process.join(60)
     assert process.exitcode == 0, (folder / "err").read_text()
@@ -384,12 +354,12 @@ def test_ctrl_c_keeps_what_was_measured(folder: Path, script: str) -> None:
     for step in range(10, 30):
         shutil.copytree(folder / "family" / "step1", folder / "family" / f"step{step}")
     shutil.rmtree(folder / RESULTS[script])
-    process, logs = start(folder / script)
+    process = start(folder / script, folder / "family", before=do_not_draw)
     while process.is_alive() and not snapshot(folder / RESULTS[script], "step*.npz"):
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGINT)
-    code, _, lines = finish(process, logs)
-    assert code == 130 and lines[-1].startswith("interrupted: what was measured is kept"), lines
+    code, _, err = helpers.finish(process, folder / script)
+    assert code == 130 and err.endswith("\ninterrupted: what was measured is kept\n"), err
     assert 1 <= len(snapshot(folder / RESULTS[script], "step*.npz")) < 23
 
 
@@ -409,8 +379,9 @@ def test_a_fault_of_ones_own_edit_keeps_its_traceback(folder: Path, name: str, s
         file.seek(0)
         file.write(f"{before}\ndef compare(*given):\n    {line}\n\n\nif __name__{main}")
     shutil.rmtree(folder / RESULTS[script])
-    code, _, lines = finish(*start(folder / script))
-    assert code == 1 and lines[-1].startswith(error) and f"    {line}" in lines, lines
+    found = run(folder, script)
+    lines = found.errors()
+    assert found.code == 1 and lines[-1].startswith(error) and f"    {line}" in lines, lines
 
 
 def limit_memory() -> None:
@@ -423,7 +394,7 @@ def test_out_of_memory(folder: Path) -> None:
     more = {"WORDS_PER_GROUP": None, "MATCH_FREQUENCY": False, "GROUPS": (2, 3), "REFERENCES": 0}
     constants(folder, BATCH_TOKENS=10**6, KINDS=("word",), **more)
     content(folder, WORDS, helpers.ALL_WORDS)
-    assert_says(finish(*start(folder / FIRST, limit_memory)), "out of memory: lower BATCH_TOKENS")
+    assert_says(run(folder, FIRST, limit_memory), "out of memory: lower BATCH_TOKENS")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
@@ -442,9 +413,9 @@ def test_full_disk(folder: Path, when: str, script: str) -> None:
         left = 40_000 if when == "when drawing" else 0
         (results / "big").write_bytes(bytes(shutil.disk_usage(results).free - left))
         before = snapshot(results, "step*.npz")
-        ended = finish(*start(folder / script, time.time))  # draws
+        found = run(folder, script, before=None)  # draws
         after = snapshot(results, "step*.npz")
     finally:
         subprocess.run(["umount", results], check=True)
-    assert_says(ended, RESULTS[script])
+    assert_says(found, RESULTS[script])
     assert {file: after.get(file) for file in before} == before
