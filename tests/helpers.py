@@ -24,7 +24,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from miniature import TOKENIZER_FILE
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -75,13 +74,6 @@ class Run(NamedTuple):
     out: str
     err: str
     results: Path  # folder of the first family's
-
-    def measured(self) -> int:
-        """How many checkpoints had to be measured."""
-        return int(re.search(r"\((\d+) of \d+ to measure\)", self.out)[1])
-
-    def warnings(self) -> list[str]:
-        return re.findall(r"(?m)^warning: (.*)$", self.out + self.err)
 
     def errors(self) -> list[str]:
         """Lines of standard error that are no progress bars."""
@@ -186,12 +178,6 @@ def link(family: Path, folder: Path, steps: Iterable[int] | dict[int, int]) -> P
         for file in (family / f"step{source}").iterdir():
             (folder / f"step{step}" / file.name).symlink_to(file)
     return folder
-
-
-def write(file: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Writes weights in the place of a file, be it a link."""
-    file.unlink(missing_ok=True)
-    save_file(weights, file, metadata={"format": "pt"})
 
 
 # ---- plain computations --------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Bad input to the analysis scripts: one line says what, where and what to do; nothing is lost.
 
 FAULTS are tables: parts of the line that a user reads, and how a small project is spoilt. After
-them come what is odd and no fault, and what goes wrong during a run.
+them come what is odd and no fault, what is kept, and what goes wrong during a run.
 """
 
 import json
@@ -333,6 +333,94 @@ def test_two_spellings_and_zipf_values_are_warned_of(folder: Path) -> None:
     assert [float(row["frequency"]) for row in rows if row["word"] == "jalapeño"] == [4.1]
 
 
+# ---- what is kept, and how checkpoints are shared out and compared -------------------------------
+
+
+def replace_weights(checkpoint: Path) -> None:
+    """By others, in a file of the same size and time."""
+    file = checkpoint / "model.safetensors"
+    before = file.stat()
+    set_weights(checkpoint, **{LATE: load_file(file)[LATE] + 1})
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+
+
+def lose_a_text(folder: Path) -> None:
+    for name in (WORDS, CONTEXTS):
+        entries = json.loads((folder / name).read_text())
+        content(folder, name, dict([*entries.items()][1:]))
+
+
+def edit_both(folder: Path, old: str, new: str) -> None:
+    for script in BOTH:
+        helpers.edit(folder / script, old, new)
+
+
+CHANGES = {  # what changes, and how many checkpoints of three each script has to measure then
+    "nothing": (lambda p: None, 0, 0),
+    "a figure": (lambda p: edit_both(p, "\ndef finish(", "\n# another\ndef finish("), 0, 0),
+    "a formula": (lambda p: edit_both(p, "(states / norms)", "(states / norms / 2)"), 3, 3),
+    "a text": (lose_a_text, 3, 3),
+    "weights": (lambda p: at(p, 0, replace_weights), 2, 1),  # the next checkpoint has stability
+    "the end": (lambda p: at(p, 1, rename, "step9"), 3, 1),
+}
+
+
+@pytest.mark.parametrize(("name", "script"), cases(CHANGES))
+def test_what_changed_is_measured_again(folder: Path, name: str, script: str) -> None:
+    """And results are as if nothing was kept. A user's files stay, a group's old figure goes."""
+    change, *measured = CHANGES[name]
+    results, before = folder / RESULTS[script] / "family", snapshot(folder, "*.csv")
+    names = ["notes.txt", "group_x.png", "my_mean.png", "kept/notes.npz"]
+    names.append("group_7_tokens.png" if script == FIRST else "mean_7_tokens.png")
+    *mine, stale = (results / name for name in names)
+    for file in (*mine, stale):
+        file.write_text("mine")
+    change(folder)
+    assert f"({measured[BOTH.index(script)]} of 3 to measure)" in run(folder, script).out
+    assert {file.read_text() for file in mine} == {"mine"} and not stale.exists()
+    after = snapshot(folder, "*.csv")
+    assert (after == before) == (name in ("nothing", "a figure"))
+    for file in results.glob("kept/step*.npz"):
+        file.unlink()
+    run(folder, script)
+    assert snapshot(folder, "*.csv") == after
+
+
+@pytest.mark.parametrize(("dtype", "script"), cases(["bfloat16", "float16"]))
+def test_half_precision_is_near(folder: Path, dtype: str, script: str) -> None:
+    table, column = ("convergence", "similarity") if script == FIRST else ("perturbation", "P1")
+    file = folder / RESULTS[script] / "family" / f"{table}.csv"
+    rows = read_csv(file)
+    constants(folder, DTYPE=dtype)
+    assert "(3 of 3 to measure)" in run(folder, script).out
+    pairs = zip(rows, read_csv(file), strict=True)
+    changes = [abs(float(row[column]) - float(near[column])) for row, near in pairs]
+    assert 1e-5 < max(changes) < 0.05
+
+
+@BOTH_SCRIPTS
+def test_two_ranks_write_the_same_bytes(folder: Path, script: str) -> None:
+    before = snapshot(folder / RESULTS[script])
+    shutil.rmtree(folder / RESULTS[script])
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    found = helpers.good_run(folder / script, folder / "family", launcher=launcher)
+    assert ", 2 ranks" in found.out and found.out.count("results  ") == 1
+    assert snapshot(folder / RESULTS[script]) == before
+
+
+@BOTH_SCRIPTS
+def test_copies_among_checkpoints_are_named(folder: Path, script: str) -> None:
+    """Whole, and up to a layer: of a lost shard, say."""
+    for step, source in ((2, 1), (3, 1), (5, 4), (8, 4)):
+        shutil.copytree(folder / "family" / f"step{source}", folder / "family" / f"step{step}")
+    for step in (3, 5):
+        at(folder, step, set_weights, **{LATE: torch.ones(16)})
+    out = run(folder, script).out
+    named = re.findall(r"warning: steps (\d and \d) .* in (\d) of 3 layers", out)
+    assert named == [("1 and 2", "3"), ("1 and 3", "2"), ("4 and 5", "2"), ("4 and 8", "3")]
+
+
 # ---- what goes wrong during a run ----------------------------------------------------------------
 
 
@@ -349,18 +437,29 @@ def test_head_does_not_end_a_run(folder: Path, script: str) -> None:
     assert (folder / RESULTS[script] / "family" / "known.csv").exists()
 
 
-@BOTH_SCRIPTS
-def test_ctrl_c_keeps_what_was_measured(folder: Path, script: str) -> None:
+@pytest.mark.parametrize(("how", "script"), cases(["SIGINT", "SIGKILL"]))
+def test_a_run_that_was_ended_goes_on(folder: Path, how: str, script: str) -> None:
+    """By Ctrl-C or a kill: what was measured is kept, the rest is measured as if nothing was."""
     for step in range(10, 30):
         shutil.copytree(folder / "family" / "step1", folder / "family" / f"step{step}")
-    shutil.rmtree(folder / RESULTS[script])
+    results = folder / RESULTS[script] / "family"
+    shutil.rmtree(results)
     process = start(folder / script, folder / "family", before=do_not_draw)
-    while process.is_alive() and not snapshot(folder / RESULTS[script], "step*.npz"):
+    while process.is_alive() and len(snapshot(results, "step*.npz")) < 2:
         time.sleep(0.001)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.Signals[how])
     code, _, err = helpers.finish(process, folder / script)
-    assert code == 130 and err.endswith("\ninterrupted: what was measured is kept\n"), err
-    assert 1 <= len(snapshot(folder / RESULTS[script], "step*.npz")) < 23
+    if how == "SIGINT":
+        assert code == 130 and err.endswith("\ninterrupted: what was measured is kept\n"), err
+    before = snapshot(results, "step*.npz")
+    assert 2 <= len(before) < 23 and snapshot(results, "*.csv") == {}
+    assert f"({23 - len(before)} of 23 to measure)" in run(folder, script).out
+    assert before.items() <= snapshot(results, "step*.npz").items()
+    after = snapshot(results, "*.csv")
+    assert not [*results.rglob("*partial*")]
+    shutil.rmtree(results)
+    run(folder, script)
+    assert after == snapshot(results, "*.csv")
 
 
 EDITS = {

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import re
-import shutil
-import time
 from collections import Counter
 from fractions import Fraction
 from functools import cache
@@ -20,7 +17,6 @@ import torch
 import transformers as tf
 from helpers import ALL_WORDS, WORDS, Run, edit, good_run, link, place, token_ids
 from PIL import Image
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 SIZE = 24  # words of a group
@@ -66,15 +62,6 @@ def read_rows(results: Path, table: str) -> dict[tuple, dict[str, float]]:
         assert key not in rows
         rows[key] = {name: helpers.number(cell) for name, cell in row.items()}
     return rows
-
-
-def tables(results: Path) -> list[bytes]:
-    return [(results / name).read_bytes() for name in TABLES]
-
-
-def kept(results: Path) -> dict[str, int]:
-    """{name: time at which it was written} of what is kept of each checkpoint."""
-    return {file.name: file.stat().st_mtime_ns for file in (results / "kept").glob("step*.npz")}
 
 
 # ---- the plain computation, from texts.csv alone -------------------------------------------------
@@ -292,18 +279,6 @@ def compared(others: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     return good_run(script, *others.values()).results.parent
 
 
-@pytest.fixture(scope="module")
-def small(others: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of the small family in a run of its own."""
-    return good_run(place(tmp_path_factory.mktemp("alone"), **SMALL), others["small"]).results
-
-
-def beside(results: Path, folder: Path, **settings: object) -> Path:
-    """Places the script where the results of an earlier run lie, times of files included."""
-    shutil.copytree(results.parent, folder / results.parent.name)
-    return place(folder, **SMALL | settings)
-
-
 # ---- the numbers ---------------------------------------------------------------------------------
 
 
@@ -487,20 +462,11 @@ def plant(family: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family = tmp_path_factory.mktemp("truth") / "planted"
-    plant(family)
-    return family
-
-
-def place_planted(folder: Path) -> Path:
-    words = dict.fromkeys(planted_words(), 1000)
-    return place(folder, inputs={WORDS: words}, GROUPS=(1, 2, 3))
-
-
-@pytest.fixture(scope="module")
-def truth(planted: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return good_run(place_planted(tmp_path_factory.mktemp("planted")), planted)
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder, words = tmp_path_factory.mktemp("truth"), dict.fromkeys(planted_words(), 1000)
+    plant(folder / "planted")
+    script = place(folder, inputs={WORDS: words}, GROUPS=(1, 2, 3))
+    return good_run(script, folder / "planted")
 
 
 def test_what_first_tokens_add_is_found_where_it_was_planted(truth: Run) -> None:
@@ -567,7 +533,7 @@ def test_architecture_is_read_naively(compared: Path, others: dict[str, Path], n
     assert_files(compared / name, [1, 2], OTHERS[name].num_hidden_layers + 1)
 
 
-def test_families_are_compared(compared: Path, small: Path) -> None:
+def test_families_are_compared(compared: Path, others: dict[str, Path], tmp_path: Path) -> None:
     """By hand: of another depth, the nearest layer by layer / L; ties to the lower, 0 with 0.
 
     And each family's own tables are those of a run alone.
@@ -584,8 +550,8 @@ def test_families_are_compared(compared: Path, small: Path) -> None:
         values = {}
         for name, depth in depths.items():
             layers = range(1, depth + 1) if layer else [layer]
-            place = Fraction(layer or 0, depths["qwen2"])
-            nearest = min(layers, key=lambda i: abs(Fraction(i or 0, depth) - place))
+            height = Fraction(layer or 0, depths["qwen2"])
+            nearest = min(layers, key=lambda i: abs(Fraction(i or 0, depth) - height))
             values[name] = of_family[name][contrast, tokens, nearest]
         there = [value for value in values.values() if not math.isnan(value)]
         summary = [np.median(there), min(there), max(there)] if there else [math.nan] * 3
@@ -598,107 +564,10 @@ def test_families_are_compared(compared: Path, small: Path) -> None:
     assert_picture(compared / "families.png")
     names = {file.name for file in compared.iterdir()}
     assert names == {*OTHERS, "families.csv", "families.png"}
-    assert tables(compared / "small") == tables(small)
-    assert [file.name for file in small.parent.iterdir()] == ["small"]
-
-
-# ---- what is kept --------------------------------------------------------------------------------
-
-
-def test_nothing_is_measured_twice_and_a_users_files_stay(others, small: Path, tmp_path: Path):
-    script = beside(small, tmp_path)
-    results = tmp_path / small.parent.name / "small"
-    own = [results / "group_x.png", results / "notes.txt", results / "kept" / "notes.txt"]
-    for file in (*own, results / "group_7_tokens.png"):  # the last is of an earlier run
-        file.write_text("mine")
-    assert good_run(script, others["small"]).measured() == 0
-    assert kept(results) == kept(small) and tables(results) == tables(small)
-    for file in own:
-        assert file.read_text() == "mine"
-        file.unlink()
-    assert_files(results, [1, 2], 2)
-
-
-def test_changes_are_measured_again(others: dict[str, Path], small: Path, tmp_path: Path) -> None:
-    """Another type, another formula."""
-    before = read_rows(small, "convergence.csv")
-    script = beside(small, tmp_path / "type", DTYPE="bfloat16")
-    found = good_run(script, others["small"])
-    assert found.measured() == len(OTHER_STEPS)
-    changes = []
-    for key, row in read_rows(found.results, "convergence.csv").items():
-        changes.append(abs(row["similarity"] - before[key]["similarity"]))
-    assert 1e-5 < max(changes) < 0.05
-    script = beside(small, tmp_path / "formula")
-    edit(script, '"similarity": similarity,', '"similarity": similarity + 0.5,')
-    found = good_run(script, others["small"])
-    assert found.measured() == len(OTHER_STEPS)
-    for row in before.values():
-        row["similarity"] += 0.5
-    assert_rows(read_rows(found.results, "convergence.csv"), before, abs=2e-6)
-
-
-def test_replaced_weights_are_measured_again(others, small: Path, tmp_path: Path) -> None:
-    """Weights of the same size and time: their step and the next. Then a new final checkpoint."""
-    family = link(others["small"], tmp_path / "families" / "small", OTHER_STEPS)
-    script = place(tmp_path / "here", **SMALL)
-    assert tables(good_run(script, family).results) == tables(small)
-    weights = family / "step0" / "model.safetensors"
-    old = weights.stat()
-    tensors = {name: tensor.flip(0).contiguous() for name, tensor in load_file(weights).items()}
-    helpers.write(weights, tensors)
-    os.utime(weights, ns=(old.st_atime_ns, old.st_mtime_ns))
-    assert weights.stat().st_size == old.st_size
-    assert good_run(script, family).measured() == 2
-    shutil.copytree(family / "step3", family / "step63")
-    found, steps = good_run(script, family), [*OTHER_STEPS, 63]
-    assert found.measured() == len(steps)
-    assert_naive(found.results, naive_tables(found.results, family, steps))
-
-
-def test_a_kill_loses_one_checkpoint_at_most(planted: Path, truth: Run, tmp_path: Path) -> None:
-    script = place_planted(tmp_path)
-    results = tmp_path / truth.results.parent.name / "planted"
-    process = helpers.start(script, planted, logs=tmp_path)
-    while len(kept(results)) < 2:
-        assert process.is_alive()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    before = kept(results)
-    assert 2 <= len(before) < len(PLANTED_STEPS) and not list(results.glob("*.csv"))
-    found = good_run(script, planted)
-    assert found.measured() == len(PLANTED_STEPS) - len(before)
-    assert before.items() <= kept(results).items() and len(kept(results)) == len(PLANTED_STEPS)
-    assert tables(results) == tables(truth.results)
-    assert not list(results.rglob("*partial*"))
-
-
-def test_ranks_write_the_same_bytes(others, small: Path, tmp_path: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    found = good_run(place(tmp_path, **SMALL), others["small"], launcher=launcher)
-    assert tables(found.results) == tables(small)
-    assert_files(found.results, [1, 2], 2)
-    assert found.out.count("family   ") == found.out.count("results  ") == 1
-
-
-def test_copies_among_checkpoints_are_named(miniature: Path, tmp_path: Path) -> None:
-    """Whole, and up to a layer: of a lost shard, say. Steps 1 and 4 differ in the last block."""
-    sources = {0: 0, 1: 4, 4: 4, 8: 16, 12: 16, 16: 1, 64: 64}
-    family = link(miniature, tmp_path / "family", sources)
-    weights = {step: load_file(family / f"step{step}" / "model.safetensors") for step in sources}
-    weights[1]["gpt_neox.layers.5.mlp.dense_4h_to_h.weight"][-1, -1] += 0.5
-    for name, tensor in weights[64].items():
-        if re.search(r"embed_in|layers\.[012]\.", name):
-            weights[16][name] = tensor
-    for step in (1, 16):
-        helpers.write(family / f"step{step}" / "model.safetensors", weights[step])
-    settings = SMALL | {"GROUPS": (2,), "KINDS": ("word", "recombined")}
-    found, named = good_run(place(tmp_path / "here", **settings), family), set()
-    for warning in found.warnings():
-        parts = re.search(r"steps (\d+) and (\d+) .*?(\d+) of (\d+) layers", warning)
-        named.add(tuple(map(int, parts.groups())))
-    assert named == {(1, 4, 6, 7), (8, 12, 7, 7), (16, 64, 4, 7)}
+    alone = good_run(place(tmp_path, **SMALL), others["small"]).results
+    assert [file.name for file in alone.parent.iterdir()] == ["small"]
+    for name in TABLES:
+        assert (alone / name).read_bytes() == (compared / "small" / name).read_bytes()
 
 
 # ---- figures and the answer ----------------------------------------------------------------------

@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import re
-import shutil
 from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace as Found
@@ -16,7 +15,6 @@ import torch
 import transformers as tf
 from helpers import CONTEXTS, PERTURBATION, WORDS, Run, edit, good_run, link, place, token_ids
 from numpy.testing import assert_allclose
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, normalizers
 
 STEPS = [0, 16, 64]
@@ -142,8 +140,8 @@ def assert_non_words(found: Found, others: list[str]) -> None:
                 assert ids[-1] == own[-1] and ids[:-1] != own[:-1]
             assert banned.isdisjoint(map(str.casefold, made))
         else:
-            said = "".join(found.run.warnings())
-            assert made == [""] and f"{len(token_ids(own[0]))}-token words" in said
+            said = f"warning: {len(token_ids(own[0]))}-token words have no non-words"
+            assert made == [""] and said in found.run.out
 
 
 def assert_answer(found: Found, layers: list[int]) -> None:
@@ -239,94 +237,33 @@ def test_figures_show_the_tables(main_run: Found) -> None:
         assert any(np.allclose(line, values, 0, 1e-6, equal_nan=True) for line in lines), file
 
 
-def test_two_ranks_give_the_same_bytes(main_run: Found, tmp_path: Path) -> None:
-    script = place(tmp_path, PERTURBATION, {CONTEXTS: DOZEN}, **SETTINGS)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    run = good_run(script, main_run.family, launcher=launcher)
-    assert ", 2 ranks" in run.out and run.out.count("results  ") == 1
-    assert read_results(run, main_run.family, DOZEN).texts == main_run.texts
-
-
-@pytest.fixture(scope="module")
-def families(main_run: Found) -> list[Found]:
-    """The same again with a changed figure; `changed`, which was analysed before its step 16 got
-    half of step 64's layers and it got step 128, a copy of step 64; and a random Llama, whose
-    tokenizer puts a space before every text."""
-    short = main_run.family
-    changed = link(short, short.with_name("changed"), {0: 0, 16: 16, 64: 64, 128: 64})
-    weights, final = (load_file(changed / f"step{step}" / "model.safetensors") for step in (16, 64))
-    half = re.compile(r"gpt_neox\.(embed_in|layers\.[012])\.")
-    weights |= {name: tensor for name, tensor in final.items() if half.match(name)}
-    helpers.write(changed / "step16" / "model.safetensors", weights)
-    results = main_run.folder.with_name("changed")
-    shutil.copytree(main_run.folder, results)
-    (results / "kept" / "family.txt").write_text(str(changed), encoding="utf-8")
-    for name in ("notes.txt", "my_mean.png", "words/notes.png", "kept/notes.npz"):
-        (results / name).write_text("mine", encoding="utf-8")
+def test_another_architecture_and_depth(main_run: Found) -> None:
+    """A random Llama, whose tokenizer puts a space before every text, beside the same again."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
     sizes |= {"vocab_size": 50_304, "num_attention_heads": 4, "initializer_range": 0.2}
-    llama = helpers.random_family(short.with_name("llama"), tf.LlamaConfig(**sizes), {7: 0})
-    file = str(llama / "step7" / "tokenizer.json")
+    folder, config = main_run.family.with_name("llama"), tf.LlamaConfig(**sizes)
+    file = str(helpers.random_family(folder, config, {7: 0}) / "step7" / "tokenizer.json")
     tokenizer = Tokenizer.from_file(file)
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend(" ")])
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     tokenizer.save(file)
-    script = results.parents[1] / PERTURBATION.name
-    edit(script, "\ndef draw_gain(", "\n# changed\ndef draw_gain(")
-    run = good_run(script, short, changed, llama)
-    found = [read_results(run, short, DOZEN), read_results(run, changed, DOZEN, [*STEPS, 128])]
-    return [*found, read_results(run, llama, DOZEN, [7], layers=4)]
-
-
-def test_only_what_changed_is_measured_again(main_run: Found, families: list[Found]) -> None:
-    same, changed, _ = families
-    measured = re.findall(r"\((\d+ of \d+) to measure\)", same.run.out)
-    assert measured == ["0 of 3", "2 of 4", "1 of 1"] and same.texts == main_run.texts
-    for name, before in main_run.cosines.items():
-        after = changed.cosines[name]
-        assert_allclose(after[:, [0, 2, 3]], before[:, [0, 2, 2]], 0, 2e-6)
-        assert_allclose(after[:, 1, :4], before[:, 2, :4], 0, 2e-6)
-        assert all(np.nanmax(abs(after[:, 1] - before[:, i])[:, 4:]) > 1e-4 for i in (1, 2))
-    copies = re.findall(r"(?m)^warning: steps (\d+) and (\d+) .* (\d) of 7 layers", same.run.out)
-    assert copies == [("16", "64", "4"), ("64", "128", "7")]
-    assert sum(file.read_bytes() == b"mine" for file in changed.folder.rglob("*.*")) == 4
-
-
-def test_another_architecture_and_depth(families: list[Found]) -> None:
-    llama, gains = families[-1], []
+    run = good_run(main_run.folder.parents[1] / PERTURBATION.name, main_run.family, folder)
+    assert read_results(run, main_run.family, DOZEN).texts == main_run.texts
+    llama = read_results(run, folder, DOZEN, [7], layers=4)
     assert_like_naive(llama, naive(llama.family, DOZEN, llama.non_words, [7]))
     assert_answer(llama, [1, 2, 3])
-    for found, nearest in zip(families, (range(7), range(7), [0, 1, 1, 1, 2, 2, 3]), strict=True):
-        gains.append(found.means["gain"][:, -1, nearest])
     file = llama.folder.with_name("families.csv")
     header, *rows = csv.reader(file.read_text(encoding="utf-8").splitlines())
-    names = "tokens,layer,families,median,lowest,highest,short,changed,llama"
-    assert ",".join(header) == names and file.with_suffix(".png").exists()
+    assert ",".join(header) == "tokens,layer,families,median,lowest,highest,short,llama"
+    assert file.with_suffix(".png").exists()
+    nearest = [0, 1, 1, 1, 2, 2, 3]  # layers of three to those of six
+    gains = main_run.means["gain"][:, -1], llama.means["gain"][:, -1, nearest]
     keys = product(groups_of(DOZEN), map(str, range(7)))
-    for row, key, values in zip(rows, keys, np.reshape(gains, (3, -1)).T, strict=True):
+    for row, key, values in zip(rows, keys, np.reshape(gains, (2, -1)).T, strict=True):
         there = values[~np.isnan(values)]
         summary = [np.median(there), *np.quantile(there, [0, 1])] if len(there) else [math.nan] * 3
         assert tuple(row[:2]) == key and int(row[2]) == len(there)
         assert_allclose(list(map(helpers.number, row[3:])), [*summary, *values], 0, 2e-6)
-
-
-def test_a_change_is_measured_again(main_run: Found, families: list[Found]) -> None:
-    """Of a sentence, then of a setting, then of a formula."""
-    script, entries = main_run.folder.parents[1] / PERTURBATION.name, json.loads(json.dumps(DOZEN))
-    entries["turtles"]["sentences"][1] = "We never saw turtles"
-    (script.parent / CONTEXTS).write_text(json.dumps(entries), encoding="utf-8")
-    family = main_run.family
-    found = [main_run, read_results(good_run(script, family), family, DOZEN)]
-    edit(script, 'DTYPE = "float32"', 'DTYPE = "bfloat16"')
-    found.append(read_results(good_run(script, family), family, DOZEN))
-    edit(script, "\ndef compare(", "\n# changed\ndef compare(")
-    found.append(read_results(good_run(script, family), family, DOZEN))
-    assert [of.run.measured() for of in found] == [3] * 4
-    before, sentence, setting, _ = (of.cosines["P1"] for of in found)
-    changed = np.nanmax(abs(sentence - before), axis=1, initial=0) > 2e-6
-    assert changed.sum() == changed[list(DOZEN).index("turtles")].sum() == 6  # layers
-    assert_allclose(setting, sentence, 0, 0.05)
-    assert np.nanmax(abs(setting - sentence)) > 1e-4 and found[2].texts == found[3].texts
 
 
 STUDY = "lighthouse, farmhouse; turtles; ice cream, sour cream; gunman, madman; baptist; losers"
@@ -387,7 +324,7 @@ def test_study_setting_and_odd_sentences(study: tuple) -> None:
     assert FORCED.items() <= as_study.non_words.items()
     [plotted] = (defaults.folder / "words").iterdir()
     assert plotted.name == "2_tokens_ice_cream.png"
-    assert "'ice'" in "".join(defaults.run.warnings())
+    assert "warning: 'ice' of WORDS_TO_PLOT" in defaults.run.out
 
 
 def test_what_is_left_out_is_named(study: tuple) -> None:
