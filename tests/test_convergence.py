@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from helpers import ALL_WORDS, WORDS, Run, edit, good_run, link, place, token_ids
+from helpers import ALL_WORDS, WORDS, Run, good_run, link, place, token_ids
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
@@ -204,19 +204,6 @@ def assert_naive(results: Path, expected: dict[str, dict]) -> None:
 
 # ---- families and runs that tests share ----------------------------------------------------------
 
-NOTE_LINES = """from matplotlib.figure import Figure
-
-
-def note_lines(figure, file, save=Figure.savefig, **options):
-    lines = []
-    for axes in figure.axes:
-        lines += [np.asarray(line.get_ydata(), float).tolist() for line in axes.lines]
-    Path(__file__).with_name(f"{Path(file).stem}.json").write_text(json.dumps(lines))
-    save(figure, file, **options)
-
-
-Figure.savefig = note_lines
-"""
 SHAPE = {"vocab_size": 50_304, "hidden_size": 16, "num_attention_heads": 2}
 SHAPE |= {"intermediate_size": 32, "initializer_range": 0.3, "max_position_embeddings": 32}
 OF_GPT = {"vocab_size": 50_304, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 32}
@@ -242,7 +229,7 @@ def main(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("main")
     settings = {"WORDS_PER_GROUP": SIZE, "BOOTSTRAP_RESAMPLES": 5000}
     script = place(folder, inputs={WORDS: words}, **settings)
-    edit(script, "from matplotlib.figure import Figure\n", NOTE_LINES)  # for the test of figures
+    helpers.show_lines(script)
     return good_run(script, link(miniature, folder / "linked", STEPS))
 
 
@@ -592,7 +579,7 @@ def assert_files(results: Path, groups: list[int], layers: int, without=frozense
 
 def test_figures_show_the_tables(main: Run) -> None:
     """Each curve is among a figure's lines, in its own numbers or in log(1 + step)."""
-    curves = {}  # {(figure, other parts of the key, column): values}
+    drawn, curves = main.drawn(), {}  # {(figure, other parts of the key, column): values}
     for table, column, over in (
         ("known.csv", "known", 1),
         ("half_way.csv", "half_way_step", 3),
@@ -608,8 +595,7 @@ def test_figures_show_the_tables(main: Run) -> None:
                 place = (figure, key[:over] + key[over + 1 :], column)
                 curves.setdefault(place, []).append(row[column])
     for (figure, *place), curve in curves.items():
-        drawn = json.loads((main.results.parents[1] / f"{figure}.json").read_text())
-        lines = [np.array(line) for line in drawn if len(line) == len(curve)]
+        lines = [np.array(line) for line in drawn[f"{figure}.png"] if len(line) == len(curve)]
         near = np.isclose([*lines, *map(np.expm1, lines)], curve, atol=1e-5, equal_nan=True)
         assert near.all(1).any(), (figure, place)
 

@@ -181,15 +181,13 @@ DOZEN += "; pretzels, infidels; kennels, tassels; porcupine; arboretum, gypsum; 
 DOZEN = entries_of(DOZEN, contexts=3)
 del DOZEN["farmhouse"]["sentences"][1:], DOZEN["kennels"]["sentences"][1:]  # no contexts
 SETTINGS = {"WORDS_TO_PLOT": 2, "BOOTSTRAP_RESAMPLES": helpers.RESAMPLES}
-DRAWN = "[[*map(float, line.get_ydata())] for axes in figure.axes for line in axes.lines]"
 
 
 @pytest.fixture(scope="module")
 def main_run(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     family = link(miniature, tmp_path_factory.mktemp("families") / "short", STEPS)
     script = place(tmp_path_factory.mktemp("main"), PERTURBATION, {CONTEXTS: DOZEN}, **SETTINGS)
-    spy = f'print("drawn", json.dumps([file.name, {DRAWN}]))'
-    edit(script, "figure.savefig(file)", f"figure.savefig(file)\n    {spy}")
+    helpers.show_lines(script)
     return read_results(good_run(script, family), family, DOZEN)
 
 
@@ -231,7 +229,7 @@ def test_figures_show_the_tables(main_run: Found) -> None:
         lines = [table["gain"][index, step], *(table[name][index, -1] for name in SHARES[:2])]
         expected += [("gain.png", line) for line in [*lines, main_run.known["known"][index]]]
         expected += [(means[index], table[name][index, step]) for name in ("P1", "P2", "unrelated")]
-    drawn = dict(map(json.loads, re.findall(r"(?m)^drawn (.*)", main_run.run.out)))
+    drawn = main_run.run.drawn()
     for file, values in expected:
         lines = [line for line in drawn[file] if len(line) == len(values)]
         assert any(np.allclose(line, values, 0, 1e-6, equal_nan=True) for line in lines), file
