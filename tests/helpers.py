@@ -142,6 +142,11 @@ def good_run(script: Path, *arguments: object, **options) -> Run:
     return found
 
 
+def pattern_of(says: str) -> str:
+    """A regex of parts of a line, parted by dots, in their order."""
+    return ".*".join(map(re.escape, says.split(" … ")))
+
+
 def read_csv(file: Path) -> list[dict[str, str]]:
     with file.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))

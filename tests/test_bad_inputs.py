@@ -85,9 +85,9 @@ def run(folder: Path, script: str, before: Callable | None = do_not_draw) -> Run
 
 def assert_says(found: Run, says: str) -> None:
     """A run ended with one line that holds parts, parted by dots, in their order."""
-    lines, pattern = found.errors(), ".*".join(map(re.escape, says.split(" … ")))
+    lines = found.errors()
     assert found.code == 2 and len(lines) == 1, lines
-    assert re.match(f"error: .*{pattern}", lines[0]), lines
+    assert re.match(f"error: .*{helpers.pattern_of(says)}", lines[0]), lines
     assert "results  " not in found.out
 
 
