@@ -107,13 +107,10 @@ def words_list() -> dict[str, int]:
     dictionary = Dictionary.from_files("en_US")
     words = {}
     for word in iter_wordlist("en"):
-        if (
-            zipf_frequency(word, "en") < RAREST
-            or not is_written_as_a_word(word)
-            or not dictionary.lookup(word)
-        ):
+        if zipf_frequency(word, "en") < RAREST or not is_written_as_a_word(word):
             continue
-        if not is_name(dictionary, tokenizer, word) and not is_offensive(dictionary, word):
+        ordinary = dictionary.lookup(word) and not is_name(dictionary, tokenizer, word)
+        if ordinary and not is_offensive(dictionary, word):
             words[word] = round(word_frequency(word, "en") * 1e9)
     return words
 

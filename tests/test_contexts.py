@@ -6,17 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
-from pathlib import Path
 from statistics import mean
 
 import pytest
-from make_words_list import TOKENIZER_FILE
+from helpers import ALL_WORDS, CONTEXTS, ROOT, gpt_neox_tokenizer, token_ids
 from spylls.hunspell import Dictionary
-from tokenizers import Tokenizer
 from wordfreq import zipf_frequency
 
-ROOT = Path(__file__).resolve().parents[1]
-TOKENIZER = Tokenizer.from_file(str(TOKENIZER_FILE))
 DICTIONARY = Dictionary.from_files("en_US")
 RAREST = 1.5  # the least Zipf frequency of an ordinary word: one in 30 million
 FEWEST = {2: 114, 3: 109, 4: 90}  # entries by the word's number of tokens
@@ -85,15 +81,6 @@ ones only other others own quite rather several so such them to too us very was 
 """
 
 
-def token_ids(text: str) -> list[int]:
-    return TOKENIZER.encode(text, add_special_tokens=False).ids
-
-
-def ending(word: str) -> list[int]:
-    """The tokens of a word in running text."""
-    return token_ids(" " + word)
-
-
 def last_word(text: str) -> str:
     return text.rsplit(" ", 1)[1]
 
@@ -108,7 +95,7 @@ def words_before_last(text: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def entries() -> dict[str, dict[str, list[str]]]:
-    text = (ROOT / "multitoken_words_contexts.json").read_text(encoding="utf-8")
+    text = (ROOT / CONTEXTS).read_text(encoding="utf-8")
     entries = json.loads(text)
     assert json.dumps(entries, indent=1) + "\n" == text, "a word twice, or another layout"
     return entries
@@ -166,7 +153,7 @@ def has_modifier(beginning: str) -> bool:
 
 
 # Manners of what stands before the last word: whether a beginning is so, the least share of them
-# in bases and in other contexts, and how far the two may differ.
+# at each of the five places, and how far shares may differ.
 MANNERS = {
     "order": (is_order, 0.05, MARGIN),
     "question": (is_question, 0.05, MARGIN),
@@ -182,25 +169,24 @@ MANNERS = {
 
 
 def test_enough_words_of_each_number_of_tokens_and_not_only_nouns(entries: dict) -> None:
-    sizes = Counter(len(ending(word)) for word in entries)
+    sizes = Counter(len(token_ids(word)) for word in entries)
     assert set(sizes) == set(FEWEST), sizes
     assert all(sizes[size] >= fewest for size, fewest in FEWEST.items()), sizes
     assert len(set(NO_NOUNS.split()) & set(entries)) >= 70
 
 
 def test_words_and_replacements_are_ordinary(entries: dict) -> None:
-    listed = json.loads((ROOT / "words_list.json").read_text(encoding="utf-8"))
     for word in {*entries, *(other for _, other in each_replacement(entries))}:
         assert re.fullmatch("[a-z]+", word) and zipf_frequency(word, "en") >= RAREST, word
-        assert word in listed or DICTIONARY.lookup(word), word
+        assert word in ALL_WORDS or DICTIONARY.lookup(word), word
 
 
 def test_entries_are_no_relatives_and_end_in_different_tokens(entries: dict) -> None:
     """Each pair of last tokens once, a last token four times at most, few suffixes."""
     assert not [pair for pair in combinations(entries, 2) if are_related(*pair)]
-    pairs = Counter(tuple(ending(word)[-2:]) for word in entries)
+    pairs = Counter(tuple(token_ids(word)[-2:]) for word in entries)
     assert not [pair for pair, count in pairs.items() if count > 1]
-    tokens = Counter(TOKENIZER.decode(ending(word)[-1:]) for word in entries)
+    tokens = Counter(gpt_neox_tokenizer().decode(token_ids(word)[-1:]) for word in entries)
     assert not [token for token, count in tokens.items() if count > 4]
     assert 0 < sum(tokens[suffix] for suffix in SUFFIXES.split()) <= len(entries) / 3
 
@@ -220,9 +206,9 @@ def test_texts_are_plain_and_american(entries: dict) -> None:
 
 def test_sentences_hold_the_word_once_and_end_in_its_tokens(entries: dict) -> None:
     for word, text in each_text(entries, "sentences"):
-        tail = ending(word)
+        tail = token_ids(word)
         assert last_word(text) == word, f"{word}: {text}"
-        assert token_ids(text)[-len(tail) :] == tail, f"{word}: {text}"
+        assert token_ids(text, False)[-len(tail) :] == tail, f"{word}: {text}"
         assert len(re.findall(rf"(?i)\b{word}\b", text)) == 1, f"{word}: {text}"
 
 
@@ -255,8 +241,8 @@ def test_perturbed_versions_differ_from_the_base_in_the_last_word(entries: dict)
 
 def test_replacements_end_in_the_same_last_token_alone(entries: dict) -> None:
     for word, text in each_text(entries, "replaced_sentences"):
-        own, tail = ending(word), ending(last_word(text))
-        assert token_ids(text)[-len(tail) :] == tail, f"{word}: {text}"
+        own, tail = token_ids(word), token_ids(last_word(text))
+        assert token_ids(text, False)[-len(tail) :] == tail, f"{word}: {text}"
         assert len(tail) == len(own) and tail[-1] == own[-1], f"{word}: {text}"
         assert tail[-2] != own[-2], f"{word}: {text}"
 
@@ -279,7 +265,7 @@ def test_replacements_are_no_relatives_and_used_twice_at_most(entries: dict) -> 
 
 
 def length(beginning: str) -> int:
-    return len(token_ids(beginning))
+    return len(token_ids(beginning, False))
 
 
 def test_bases_are_as_long_as_other_contexts(entries: dict) -> None:
@@ -291,24 +277,19 @@ def test_bases_are_as_long_as_other_contexts(entries: dict) -> None:
 
 
 @pytest.mark.parametrize("manner", MANNERS)
-def test_bases_are_written_in_the_manner_of_other_contexts(entries: dict, manner: str) -> None:
+def test_sentences_of_all_places_are_written_in_one_manner(entries: dict, manner: str) -> None:
+    """Each place as all of them, and the bases, which are at place 0, as the others."""
     is_so, least, margin = MANNERS[manner]
-    in_bases = mean(bool(is_so(text)) for text in beginnings(entries, 0))
-    in_others = mean(bool(is_so(text)) for text in beginnings(entries, 1, 2, 3, 4))
-    assert min(in_bases, in_others) >= least, (in_bases, in_others)
-    assert abs(in_bases - in_others) <= margin, (in_bases, in_others)
+    shares = [mean(bool(is_so(text)) for text in beginnings(entries, place)) for place in range(5)]
+    assert min(shares) >= least, shares
+    assert max(abs(share - mean(shares)) for share in shares) <= margin, shares
+    assert abs(shares[0] - mean(shares[1:])) <= margin, shares
 
 
-@pytest.mark.parametrize("place", range(5))
-def test_no_recipe_by_place(entries: dict, place: int) -> None:
-    """Orders and questions are as frequent at every place, and no first word rules one."""
-    here = beginnings(entries, place)
-    opening, count = Counter(map(first_word, here)).most_common(1)[0]
-    assert count <= len(here) / 4, f"{opening} opens {count} of {len(here)}"
-    for is_so in (is_order, is_question):
-        share = mean(map(is_so, here))
-        everywhere = mean(map(is_so, beginnings(entries, *range(5))))
-        assert abs(share - everywhere) <= MARGIN, f"{is_so.__name__}: {share}, {everywhere}"
+def test_no_first_word_rules_a_place(entries: dict) -> None:
+    for place in range(5):
+        openings = Counter(map(first_word, beginnings(entries, place)))
+        assert max(openings.values()) <= len(entries) / 4, openings.most_common(3)
 
 
 def test_words_hardly_tell_the_base(entries: dict) -> None:
