@@ -128,13 +128,13 @@ def edit_json(checkpoint: Path, name: str, entries: dict) -> None:
 
 def set_weights(checkpoint: Path, suffix: str = "safetensors", share: float = 1, **tensors) -> None:
     """Some tensors are others, or missing: None; of the file a share remains."""
-    found = load_file(checkpoint / "model.safetensors") | tensors
+    file = checkpoint / "model.safetensors"
+    found = load_file(file) | tensors
     found = {name: tensor for name, tensor in found.items() if tensor is not None}
-    file = checkpoint / f"pytorch_model.{suffix}"
-    save_file(found, file, {"format": "pt"}) if suffix == "safetensors" else torch.save(found, file)
-    (checkpoint / "model.safetensors").unlink()
-    if suffix == "safetensors":
-        file = file.rename(checkpoint / "model.safetensors")
+    file.unlink()
+    if suffix == "bin":
+        file = checkpoint / "pytorch_model.bin"
+    save_file(found, file, {"format": "pt"}) if suffix != "bin" else torch.save(found, file)
     os.truncate(file, int(share * file.stat().st_size))
 
 
@@ -245,17 +245,11 @@ FAULTS_OF_SECOND = {
 }
 
 
-def cases(names, scripts: tuple[str, ...] = BOTH) -> list:
-    found = []
-    for name, script in product(names, scripts):
-        found.append(pytest.param(name, script, id=f"{name}-{script[:5]}"))
-    return found
+CASES = [*product(FAULTS, BOTH), *product(FAULTS_OF_FIRST, [FIRST])]
+CASES += product(FAULTS_OF_SECOND, [SECOND])
 
 
-@pytest.mark.parametrize(
-    ("name", "script"),
-    [*cases(FAULTS), *cases(FAULTS_OF_FIRST, (FIRST,)), *cases(FAULTS_OF_SECOND, (SECOND,))],
-)
+@pytest.mark.parametrize(("name", "script"), CASES)
 def test_one_line_says_what_is_wrong(folder: Path, name: str, script: str) -> None:
     says, spoil = (FAULTS | FAULTS_OF_FIRST | FAULTS_OF_SECOND)[name]
     spoil(folder)
@@ -303,7 +297,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize(("name", "script"), cases(ODD))
+@pytest.mark.parametrize(("name", "script"), [*product(ODD, BOTH)])
 def test_what_is_odd_changes_no_result(folder: Path, name: str, script: str) -> None:
     before = snapshot(folder / RESULTS[script] / "family")
     folder = ODD[name](folder) or folder
@@ -366,7 +360,7 @@ CHANGES = {  # what changes, and how many checkpoints of three each script has t
 }
 
 
-@pytest.mark.parametrize(("name", "script"), cases(CHANGES))
+@pytest.mark.parametrize(("name", "script"), [*product(CHANGES, BOTH)])
 def test_what_changed_is_measured_again(folder: Path, name: str, script: str) -> None:
     """And results are as if nothing was kept. A user's files stay, a group's old figure goes."""
     change, *measured = CHANGES[name]
@@ -387,7 +381,7 @@ def test_what_changed_is_measured_again(folder: Path, name: str, script: str) ->
     assert snapshot(folder, "*.csv") == after
 
 
-@pytest.mark.parametrize(("dtype", "script"), cases(["bfloat16", "float16"]))
+@pytest.mark.parametrize(("dtype", "script"), [*product(["bfloat16", "float16"], BOTH)])
 def test_half_precision_is_near(folder: Path, dtype: str, script: str) -> None:
     table, column = ("convergence", "similarity") if script == FIRST else ("perturbation", "P1")
     file = folder / RESULTS[script] / "family" / f"{table}.csv"
@@ -437,7 +431,7 @@ def test_head_does_not_end_a_run(folder: Path, script: str) -> None:
     assert (folder / RESULTS[script] / "family" / "known.csv").exists()
 
 
-@pytest.mark.parametrize(("how", "script"), cases(["SIGINT", "SIGKILL"]))
+@pytest.mark.parametrize(("how", "script"), [*product(["SIGINT", "SIGKILL"], BOTH)])
 def test_a_run_that_was_ended_goes_on(folder: Path, how: str, script: str) -> None:
     """By Ctrl-C or a kill: what was measured is kept, the rest is measured as if nothing was."""
     for step in range(10, 30):
@@ -470,13 +464,11 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize(("name", "script"), cases(EDITS))
+@pytest.mark.parametrize(("name", "script"), [*product(EDITS, BOTH)])
 def test_a_fault_of_ones_own_edit_keeps_its_traceback(folder: Path, name: str, script: str):
     line, error = EDITS[name]
-    with (folder / script).open("r+") as file:
-        before, main = file.read().split("\nif __name__")
-        file.seek(0)
-        file.write(f"{before}\ndef compare(*given):\n    {line}\n\n\nif __name__{main}")
+    main = "\n\nif __name__"
+    helpers.edit(folder / script, main, f"\n\ndef compare(*given):\n    {line}\n{main}")
     shutil.rmtree(folder / RESULTS[script])
     found = run(folder, script)
     lines = found.errors()
@@ -497,7 +489,7 @@ def test_out_of_memory(folder: Path) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may mount a small disk")
-@pytest.mark.parametrize(("when", "script"), cases(["when measuring", "when drawing"]))
+@pytest.mark.parametrize(("when", "script"), [*product(["when measuring", "when drawing"], BOTH)])
 def test_full_disk(folder: Path, when: str, script: str) -> None:
     results, copy = folder / RESULTS[script], folder / "copy"
     results.rename(copy)
