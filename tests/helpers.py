@@ -186,12 +186,11 @@ def random_family(family: Path, config: PretrainedConfig, shares: dict[int, floa
     return family
 
 
-def link(family: Path, folder: Path, steps: Iterable[int] | dict[int, int]) -> Path:
-    """A family of links to the files of another's checkpoints: some steps, or {step: of it}."""
-    steps = steps if isinstance(steps, dict) else dict(zip(steps, steps, strict=True))
-    for step, source in steps.items():
+def link(family: Path, folder: Path, steps: Iterable[int]) -> Path:
+    """A family of links to the files of some of another's checkpoints."""
+    for step in steps:
         (folder / f"step{step}").mkdir(parents=True)
-        for file in (family / f"step{source}").iterdir():
+        for file in (family / f"step{step}").iterdir():
             (folder / f"step{step}" / file.name).symlink_to(file)
     return folder
 

@@ -206,12 +206,11 @@ def assert_naive(results: Path, expected: dict[str, dict]) -> None:
 
 SHAPE = {"vocab_size": 50_304, "hidden_size": 16, "num_attention_heads": 2}
 SHAPE |= {"intermediate_size": 32, "initializer_range": 0.3, "max_position_embeddings": 32}
-OF_GPT = {"vocab_size": 50_304, "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 32}
 OTHERS = {  # configs by the name of the family, of several depths
     "qwen2": tf.Qwen2Config(**SHAPE, num_hidden_layers=4, num_key_value_heads=1),
     "llama": tf.LlamaConfig(**SHAPE, num_hidden_layers=2),
     "olmo2": tf.Olmo2Config(**SHAPE, num_hidden_layers=3),
-    "gpt2": tf.GPT2Config(**OF_GPT, initializer_range=0.3),
+    "gpt2": tf.GPT2Config(**SHAPE, num_hidden_layers=2),
     "small": tf.GPTNeoXConfig(**SHAPE, num_hidden_layers=1),
 }
 OTHER_STEPS = [0, 3, 15]
@@ -569,7 +568,7 @@ def assert_picture(file: Path) -> None:
 
 
 def assert_files(results: Path, groups: list[int], layers: int, without=frozenset()) -> None:
-    """The files of METHOD.md's table are there, and no other."""
+    """All files of a family's results are there, and no other."""
     names = {"known.png", "half_way.png"} | {f"group_{group}_tokens.png" for group in groups}
     names |= {f"layer_{layer:02d}.png" for layer in range(layers)}
     assert {file.name for file in results.iterdir()} == {*names, *TABLES, "kept"} - without

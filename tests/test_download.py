@@ -156,12 +156,11 @@ def as_bin(safetensors: bytes) -> dict[str, bytes]:
 
 def as_shards(safetensors: bytes) -> dict[str, bytes]:
     """The weights in two files of safetensors, with their index."""
-    tensors = load(safetensors)
-    shards, index = {}, {}
-    for i in range(2):
+    tensors, shards, index = load(safetensors), {}, {}
+    for i, name in enumerate(SHARDS):
         part = sorted(tensors)[i::2]
-        shards[SHARDS[i]] = save({key: tensors[key] for key in part}, {"format": "pt"})
-        index |= dict.fromkeys(part, SHARDS[i])
+        shards[name] = save({key: tensors[key] for key in part}, {"format": "pt"})
+        index |= dict.fromkeys(part, name)
     return shards | {INDEX: json.dumps({"metadata": {}, "weight_map": index}).encode()}
 
 
