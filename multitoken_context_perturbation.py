@@ -688,8 +688,9 @@ def draw_figures(results, steps, entries, found, groups, tables) -> None:
 
 def write_families(found: dict[str, dict]) -> None:
     """families.csv and families.png, from {family: {tokens: gain in each layer}}."""
-    figure, panels = panels_of("gain at the last step: median of families, lowest to highest", 1, 1)
-    rows, axes, groups = [], panels[0, 0], next(iter(found.values()))
+    title = f"gain at the last step, median of {len(found)} families (bands: lowest to highest)"
+    figure, [[axes]] = panels_of(title, 1, 1)
+    rows, groups = [], next(iter(found.values()))
     for number, (tokens, first) in enumerate(groups.items()):
         for layer in range(len(first)):
             values = []

@@ -893,7 +893,8 @@ def write_families(found: dict[str, dict]) -> None:
             summary = [np.nanmedian(values), np.nanmin(values), np.nanmax(values)]
             place = "" if contrast == "known" else layer
             rows.append([contrast, tokens, place, np.isfinite(values).sum(), *summary, *values])
-    figure, panels = panels_of("median of families, lowest to highest", 2, 2, sharex=True)
+    title = f"median of {len(found)} families (bands: lowest to highest)"
+    figure, panels = panels_of(title, 2, 2, sharex=True)
     for (contrast, axes), tokens in product(zip(CONTRASTS, panels.flat, strict=True), GROUPS):
         own = [row for row in rows if row[:2] == [contrast, tokens]]
         if own:
