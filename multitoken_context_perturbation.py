@@ -688,7 +688,7 @@ def draw_figures(results, steps, entries, found, groups, tables) -> None:
 
 def write_families(found: dict[str, dict]) -> None:
     """families.csv and families.png, from {family: {tokens: gain in each layer}}."""
-    figure, [[axes]] = panels_of(f"gain at the end: median and range of {len(found)} families", 1, 1)
+    figure, [[axes]] = panels_of(f"gain at the end: median, range of {len(found)} families", 1, 1)
     rows, groups = [], next(iter(found.values()))
     for number, (tokens, first) in enumerate(groups.items()):
         for layer in range(len(first)):
