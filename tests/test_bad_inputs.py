@@ -355,7 +355,7 @@ def test_what_changed_is_measured_again(folder: Path, name: str, script: str) ->
     """And results are as if nothing was kept. A user's files stay, a group's old figure goes."""
     change, *measured = CHANGES[name]
     results, before = folder / RESULTS[script] / "family", snapshot(folder, "*.csv")
-    names = ["notes.txt", "group_x.png", "my_mean.png", "kept/notes.npz"]
+    names = ["notes.txt", "group_x.png", "2_tokens_my.png", "my_mean.png", "kept/notes.npz"]
     names.append("group_7_tokens.png" if script == FIRST else "mean_7_tokens.png")
     *mine, stale = (results / name for name in names)
     for file in (*mine, stale):
