@@ -442,14 +442,14 @@ def read_states(folder: Path, trees: list, texts: list[Text], device: torch.devi
                 check_trees(model, inputs, output.hidden_states[-1][0])
         states = torch.stack([layer[0, last] for layer in output.hidden_states]).float()
         norms = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        bad = (~norms.isfinite() | (norms == 0)).nonzero().tolist()
-        for layer, index, _ in bad:
+        for layer, index, _ in (~norms.isfinite() | (norms == 0)).nonzero().tolist():
             place = f"{texts[rows[index]].word!r} in layer {layer}"
             raise AssertionError(f"{folder}: the hidden state of {place} is not finite, or zero")
-        unit[:, rows] = (states / norms).cpu()
+        unit[:, rows] = states.div_(norms).cpu()
         if has_head:
             found = output.logits[0].float().log_softmax(-1).cpu()[places, targets[rows]]
             log_prob[rows] = found.masked_fill(torch.tensor(before) < 0, math.nan)
+        del output, states  # else they lie beside the next ones
         bar.update()
     return unit, log_prob
 

@@ -343,7 +343,7 @@ def edit_both(folder: Path, old: str, new: str) -> None:
 CHANGES = {  # what changes, and how many checkpoints of three each script has to measure then
     "nothing": (lambda p: None, 0, 0),
     "a figure": (lambda p: edit_both(p, "\ndef finish(", "\n# another\ndef finish("), 0, 0),
-    "a formula": (lambda p: edit_both(p, "(states / norms)", "(states / norms / 2)"), 3, 3),
+    "a formula": (lambda p: edit_both(p, "states.div_(norms)", "states.div_(2 * norms)"), 3, 3),
     "a text": (lose_a_text, 3, 3),
     "weights": (lambda p: at(p, 0, replace_weights), 2, 1),  # the next checkpoint has stability
     "the end": (lambda p: at(p, 1, rename, "step9"), 3, 1),
