@@ -65,7 +65,7 @@ CONTEXTS_FILE = "multitoken_words_contexts.json"  # {word: {"sentences", "replac
 WORDS_FILE = "words_list.json"  # {word: ...}: none of these is a non-word
 # words
 SAME_LENGTH = True  # the replacing word has as many tokens as the word; False: any number
-WORDS_TO_PLOT = 10  # words with a figure of their own: how many, or a list such as ["raccoon"]
+WORDS_TO_PLOT = 6  # words with a figure of their own: how many, or a list such as ["raccoon"]
 PREPEND_BOS = True  # read a sentence after BOS, away from the attention sink at position 0
 BOS = "<|endoftext|>"  # of the family's tokenizer
 # model
